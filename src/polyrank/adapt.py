@@ -1,0 +1,286 @@
+"""Put a method's layers into any ``nn.Module``, use them, and take them out again."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import targets as target_names
+from .files import Fingerprint, checked_name, difference, fingerprint, read_folder, write_folder
+from .methods import METHODS, Method
+from .mixture import Mixture, RouteContext, Site
+from .summary import Summary, summarise
+
+
+class Adapter:
+    """The handle of an adapted model: its tasks, its layers, its files. The model stays the object it was."""
+
+    def __init__(
+        self, model: nn.Module, method: Method, context: RouteContext, layers: dict[str, Mixture], base: Fingerprint, trained: set[str]
+    ) -> None:
+        self.model, self.method, self.context, self.layers = model, method, context, layers
+        self.base_fingerprint = base
+        self._trained = trained  # base parameters that were trainable before
+        self._hooks = [
+            model.register_forward_pre_hook(context.enter, with_kwargs=True),
+            model.register_forward_hook(context.leave, always_call=True),
+        ]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.context.tasks
+
+    def task_ids(self, tasks: str | Sequence[str]) -> Tensor:
+        """Ids (B,) of task names.
+
+        Raises:
+            ValueError: an unknown task.
+        """
+        names = [tasks] if isinstance(tasks, str) else list(tasks)
+        unknown = [name for name in names if name not in self.tasks]
+        if unknown:
+            raise ValueError(f"unknown task {unknown[0]!r}; the adapter's tasks are: {', '.join(self.tasks)}")
+        return torch.tensor([self.tasks.index(name) for name in names])
+
+    def on(self, tasks: str | Sequence[str] | Tensor, attention_mask: Tensor | None = None) -> AbstractContextManager[None]:
+        """Fix the task of every call inside a ``with`` block: one name for all samples, or one name or id for each.
+
+        It also serves calls that bypass the model's own forward, as when T5's ``generate`` runs the encoder.
+        """
+        ids = tasks if isinstance(tasks, Tensor) else self.task_ids(tasks)
+        return self.context.on(ids, attention_mask)
+
+    # Training.
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The adapter's trainable weights; none is the base model's."""
+        return (p for _, p in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, layer in self.layers.items():
+            for key, p in layer.named_parameters():
+                if not key.startswith("base."):
+                    yield f"{name}.{key}", p
+
+    def losses(self) -> dict[str, Tensor]:
+        """The method's auxiliary losses of the last forward, weighted scalars by name; call it before the next forward."""
+        notes, self.context.notes = self.context.notes, {}
+        return self.method.losses(notes)
+
+    def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, object]]:
+        return self.method.param_groups(self.layers, lr, weight_decay)
+
+    def after_step(self) -> None:
+        """Tell the method that the optimiser has made a step."""
+        self.method.after_step(self.layers)
+
+    def enable_checkpointing(self) -> None:
+        """Activation checkpointing of a Hugging Face model, with the route captured.
+
+        Raises:
+            TypeError: the model has none; checkpoint by hand with ``context_fn=adapter.context.replay``.
+        """
+        how = {"use_reentrant": False, "context_fn": self.context.replay}
+        try:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)  # type: ignore[operator]
+        except (AttributeError, ValueError) as error:
+            raise TypeError(
+                f"{type(self.model).__name__} has no gradient_checkpointing_enable: use torch.utils.checkpoint.checkpoint(..., "
+                "use_reentrant=False, context_fn=adapter.context.replay) in its forward"
+            ) from error
+
+    # Files.
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The adapter's own weights by name; no base weight is in it."""
+        return {name: p.detach() for name, p in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy ``state`` into the adapter, all of it or nothing.
+
+        Raises:
+            ValueError: a missing, extra or misshapen tensor, named.
+        """
+        own = dict(self.named_parameters())
+        for name in own.keys() - state.keys():
+            raise ValueError(f"the adapter's weights lack {name}: they belong to another method, target or version")
+        for name in state.keys() - own.keys():
+            raise ValueError(f"the adapter's weights have {name}, which this adapter does not: another method, target or version")
+        for name, tensor in state.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, this adapter needs {tuple(own[name].shape)}")
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+
+    def save(self, folder: str | Path, with_factors: bool = False) -> None:
+        """Write the adapter: its weights, and a manifest with the method, tasks, layers and the base's fingerprint.
+
+        Args:
+            with_factors: also write the frozen parts that were computed from the base (MoORE's U, sigma, V), so that
+                another machine need not find the same ones.
+        """
+        frozen = self._frozen()
+        tensors = {"adapter": self.state_dict(), "frozen": frozen if with_factors else {k: _projection(v) for k, v in frozen.items()}}
+        manifest = {
+            "polyrank": "adapter",
+            "method": {"name": _method_name(self.method), **asdict(self.method)},  # type: ignore[call-overload]
+            "tasks": list(self.tasks),
+            "layers": list(self.layers),
+            "with_factors": with_factors,
+            "base": self.base_fingerprint,
+        }
+        write_folder(folder, tensors, manifest)
+
+    @classmethod
+    def load(cls, folder: str | Path, model: nn.Module, method: Method | None = None) -> "Adapter":
+        """Put a saved adapter into a fresh base model. The model is changed only if everything fits.
+
+        Args:
+            method: needed for a method that does not come with polyrank; code is never imported from a file.
+
+        Raises:
+            FileNotFoundError: no adapter there.
+            ValueError: damaged files, another base model, or singular factors that differ on this machine.
+        """
+        tensors, manifest = read_folder(folder)
+        if manifest.get("polyrank") != "adapter":
+            raise ValueError(f"{folder} holds no adapter: give the folder that adapter.save() wrote (for a run: RUN/adapter)")
+        wrong = difference(manifest["base"], fingerprint(dict(model.named_parameters())))
+        if wrong is not None:
+            raise ValueError(f"{folder} was trained on another base model: {wrong}; load the base it was trained on")
+        adapter = adapt(model, method or _method(manifest["method"]), tasks=manifest["tasks"], targets=_exactly(manifest["layers"]))
+        try:
+            adapter.load_state_dict(tensors["adapter"])
+            adapter._load_frozen(tensors["frozen"], manifest["with_factors"], folder)
+        except (ValueError, KeyError):
+            adapter.remove()
+            raise
+        return adapter
+
+    def _frozen(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": buffer
+            for name, layer in self.layers.items()
+            for key, buffer in layer.named_buffers()
+            if not key.startswith("base.")
+        }
+
+    @torch.no_grad()
+    def _load_frozen(self, saved: dict[str, Tensor], whole: bool, folder: str | Path) -> None:
+        for name, buffer in self._frozen().items():
+            here, there = (buffer if whole else _projection(buffer)), saved[name].to(buffer.device)
+            if here.shape != there.shape:
+                raise ValueError(f"{folder}: {name} has shape {tuple(there.shape)}, this base gives {tuple(here.shape)}")
+            if whole:
+                buffer.copy_(there)
+            elif float((here - there).abs().max()) > 0.01 * float(there.abs().max()):
+                raise ValueError(
+                    f"{folder}: {name} comes out differently on this machine (near-equal singular values may swap), and the "
+                    "adapter's rows belong to the saved ones: save it with adapter.save(folder, with_factors=True) where it was trained"
+                )
+
+    # Leaving.
+
+    def remove(self) -> nn.Module:
+        """Take the adapter out: the model is the base again, module for module and bit for bit."""
+        for name, layer in self.layers.items():
+            self.model.set_submodule(name, layer.base)
+        for hook in self._hooks:
+            hook.remove()
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(name in self._trained)
+        self._hooks, self.layers = [], {}
+        return self.model
+
+    @torch.no_grad()
+    def merge(self, task: str) -> nn.Module:
+        """Turn the model into the plain model of one task: each adapted layer becomes one weight. The adapter is spent.
+
+        Raises:
+            ValueError: an unknown task, or a gate that depends on the input; the model is unchanged.
+        """
+        index = int(self.task_ids(task)[0])
+        for layer in self.layers.values():
+            layer.refuse_if_input_routed()
+        for layer in self.layers.values():
+            weight = layer.task_weight(index)
+            own = layer.weight
+            weight = weight.t() if weight.shape != own.shape or not isinstance(layer.base, nn.Linear) else weight
+            layer.base.register_parameter("weight", nn.Parameter(weight.to(own.dtype).contiguous(), requires_grad=False))
+        return self.remove()
+
+    def summary(self) -> Summary:
+        """Parameters, cost and mergeability; ``print`` it."""
+        return summarise(self.model, self.method, self.tasks, self.layers)
+
+
+def adapt(
+    model: nn.Module,
+    method: Method,
+    *,
+    tasks: Sequence[str],
+    targets: str | Sequence[str] = target_names.ALL_LINEAR,
+    exclude: str | None = None,
+) -> Adapter:
+    """Freeze ``model`` and put the method's layer, in place, wherever ``targets`` says.
+
+    Args:
+        model: any module with linear layers. Its forward then also takes ``task_ids``, a LongTensor (B,).
+        tasks: the names of the tasks, in the order of their ids.
+        targets: "all-linear", a regular expression for whole names, or a list of suffixes; see ``targets.find``.
+        exclude: a regular expression for names to leave out.
+
+    Raises:
+        ValueError: bad task names, or layers that cannot be adapted; the model is unchanged.
+    """
+    names = [checked_name(task, "task") for task in tasks]
+    if not names or len({name.lower() for name in names}) != len(names):
+        raise ValueError(f"tasks must be one or more different names (upper and lower case count as the same), got {names}")
+    sites = target_names.find(model, targets, exclude)
+    base = fingerprint(dict(model.named_parameters()))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.requires_grad_(False)
+    try:
+        layers = method.build(sites, names)
+    except BaseException:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in trained)
+        raise
+    context = RouteContext(names)
+    context.arguments = tuple(inspect.signature(model.forward).parameters)
+    streams = {name: target_names.stream(name, model) for name in layers}
+    for name, layer in layers.items():
+        layer.site = Site(name, streams[name], context)
+        layer.train(layer.base.training)
+        model.set_submodule(name, layer)
+    return Adapter(model, method, context, layers, base, trained)
+
+
+def _projection(frozen: Tensor) -> Tensor:
+    """A vector that tells a frozen matrix from one with swapped or turned directions: its product with a fixed wave."""
+    if frozen.ndim != 2:
+        return frozen.float()
+    long = frozen.float() if frozen.shape[0] >= frozen.shape[1] else frozen.float().t()
+    return torch.cos(torch.arange(len(long), dtype=torch.float32, device=long.device) * 0.7 + 0.3) @ long
+
+
+def _exactly(names: Sequence[str]) -> str:
+    return "|".join(name.replace(".", r"\.") for name in names)
+
+
+def _method_name(method: Method) -> str:
+    known = {kind: name for name, kind in METHODS.items()}
+    return known.get(type(method), f"{type(method).__module__}:{type(method).__qualname__}")
+
+
+def _method(fields: dict[str, Any]) -> Method:
+    name, rest = fields["name"], {key: value for key, value in fields.items() if key != "name"}
+    if name not in METHODS:
+        raise ValueError(f"the adapter's method {name!r} does not come with polyrank: pass it, Adapter.load(folder, model, method=...)")
+    return METHODS[name](**rest)

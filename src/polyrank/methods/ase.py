@@ -1,0 +1,143 @@
+"""ASE: Adaptive Shared Experts with LoRA-Based Mixture of Experts for Multi-Task Learning (Yang et al., 2025).
+
+https://arxiv.org/abs/2510.00570
+
+    z = W_t x: S shared and N - S routed logits, one router for each task and layer;   K = top-k of the routed ones
+    g = softmax over K and all shared ones, jointly;    y = W x + b + (alpha / r) sum_{e in K, shared} g_e B_e A_e x
+    loss += 0.005 * sum over layers of -I(task; expert)     (Mod-Squad: experts should tell the tasks apart)
+
+(N / k / S / r) counts N with the shared experts and k without them: 16/3/1/4 has 4 active. The paper's text also says
+TopK(z, k - S); its table and ablations count as here. There is no released code.
+
+``gate`` has the controls that the paper lacks, all at the same parameters:
+- "joint": ASE.  "renormalised": top-k, then softmax over the chosen, no shared expert (num_shared = 0).
+- "baseline": the paper's LoRA-MoE, softmax over all, then top-k: active gates sum to less than 1 (num_shared = 0).
+- "naive_shared": the baseline, and shared experts with gate 1.
+
+Choices where the paper is silent: A and the routers as nn.Linear's default, B zero; alpha = r (no scaling is mentioned);
+the mutual information is over the routed experts, on softmax(z), padding left out. Deviations: experts bracket each adapted
+linear layer, where the paper has them beside a whole feed-forward network; the task embedding added to the image
+is the dense model's part.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal, Self
+
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..mixture import (
+    Gate,
+    JointTopK,
+    LoRAExperts,
+    Mixture,
+    MixtureLinear,
+    NaiveShared,
+    Router,
+    Site,
+    SoftmaxTopK,
+    adapter_dtype,
+    global_sum,
+    in_out_features,
+    mutual_information,
+    weight_of,
+)
+from ..mixture.context import Note
+from .base import STRICT, Method
+
+
+class PerTaskRouter(Router):
+    """One linear router of each token for each task; a mixed batch gathers the weights of its tasks."""
+
+    reads_input, reads_task = True, True
+
+    def __init__(self, base: nn.Module, num_tasks: int, num_experts: int, num_shared: int) -> None:
+        super().__init__()
+        width, bound = in_out_features(base)[0], in_out_features(base)[0] ** -0.5
+        place = {"device": weight_of(base).device, "dtype": adapter_dtype(base)}
+        self.weights = nn.Parameter(torch.empty(num_tasks, num_experts, width, **place).uniform_(-bound, bound))
+        self.num_shared = num_shared
+
+    def rows(self) -> None:
+        return None
+
+    def forward(self, x: Tensor, z: Tensor, site: Site) -> Tensor:
+        ids = site.ids(x)
+        if ids.numel() > 1 and ids.shape == x.shape[:-1] and x.ndim > 2:  # one task per token
+            every = F.linear(x, self.weights.flatten(0, 1).to(x.dtype)).unflatten(-1, self.weights.shape[:2])
+            return every.gather(-2, ids[..., None, None].expand(*ids.shape, 1, every.shape[-1])).squeeze(-2)
+        weights = F.embedding(ids.reshape(-1), self.weights.flatten(1)).unflatten(-1, self.weights.shape[1:])  # (B, E, I)
+        rows = x.reshape(len(x), -1, x.shape[-1])
+        logits = torch.bmm(rows, weights.to(x.dtype).transpose(1, 2)).view(*x.shape[:-1], -1)
+        if self.training and site.listens:
+            site.note("joint", self._joint(logits, ids.reshape(-1), site.mask(x)))
+        return logits
+
+    def _joint(self, logits: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Softmax mass of the routed experts by task, summed over the tokens: (T, E - S)."""
+        p = F.softmax(logits[..., self.num_shared :].to(self.weights.dtype), -1).reshape(len(ids), -1, logits.shape[-1] - self.num_shared)
+        if mask is not None:
+            p = p * mask.reshape(len(ids), -1, 1).to(p.dtype)
+        return p.new_zeros(len(self.weights), p.shape[-1]).index_add(0, ids, p.sum(1))
+
+    def active_parameters(self) -> int:
+        return self.weights[0].numel()
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ASE(Method):
+    num_experts: PositiveInt = 16
+    k: PositiveInt = 3
+    num_shared: NonNegativeInt = 1
+    rank: PositiveInt = 4
+    alpha: PositiveFloat = 4.0
+    gate: Literal["joint", "renormalised", "baseline", "naive_shared"] = "joint"
+    mutual_information: NonNegativeFloat = 0.005
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.k > self.num_experts - self.num_shared:
+            raise ValueError(f"k={self.k} of {self.num_experts - self.num_shared} routed experts: lower k or num_shared, or add experts")
+        if (self.num_shared > 0) != (self.gate in ("joint", "naive_shared")):
+            raise ValueError(f"gate={self.gate!r} with num_shared={self.num_shared}: 'joint' and 'naive_shared' need shared experts, the others have none")
+        return self
+
+    def finer(self, factor: int) -> "ASE":
+        """The same budget in finer grains: 16/3/1/4 becomes 32/6/2/2 and 64/12/4/1. ``factor`` divides the rank."""
+        if factor < 1 or self.rank % factor:
+            raise ValueError(f"rank {self.rank} is not divisible by {factor}")
+        return replace(
+            self, num_experts=self.num_experts * factor, k=self.k * factor, num_shared=self.num_shared * factor,
+            rank=self.rank // factor, alpha=self.alpha / factor,
+        )  # fmt: skip
+
+    def _gate(self) -> Gate:
+        if self.gate == "baseline":
+            return SoftmaxTopK(self.k)
+        if self.gate == "naive_shared":
+            return NaiveShared(self.k, self.num_shared)
+        return JointTopK(self.k, self.num_shared)
+
+    def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
+        return {
+            name: MixtureLinear(
+                base,
+                experts=LoRAExperts(base, self.num_experts, self.rank),
+                router=PerTaskRouter(base, len(tasks), self.num_experts, self.num_shared),
+                gate=self._gate(),
+                scale=self.alpha / self.rank,
+            )
+            for name, base in sites.items()
+        }
+
+    def losses(self, notes: Mapping[str, Sequence[Note]]) -> dict[str, Tensor]:
+        joints = [joint for _, joint in notes.get("joint", ())]
+        if not joints or not self.mutual_information:
+            return {}
+        stacked = global_sum(torch.stack(joints))  # (layers, T, E - S)
+        stacked = stacked / stacked.sum((-2, -1), keepdim=True).clamp_min(1e-9)
+        return {"mutual_information": -self.mutual_information * mutual_information(stacked).sum()}

@@ -1,0 +1,32 @@
+"""The mixture core: a small core between two thin linear maps, beside a frozen layer.
+
+    y = W x + b + s * B' C(x, t) A x
+
+Three nouns. *Experts* own A, B and how gates act on the ranks between them; a *router* gives logits from the input and
+the task; a *gate* turns logits into weights. Everything that makes methods differ happens on (tokens, R) tensors.
+
+Legend of the shape comments: B batch, L sequence, N tokens (all leading dimensions), I / O in / out features,
+E experts, R rank of all experts together (rows of A), T tasks. Leading dimensions are free: ``...`` is any of them.
+"""
+
+from .balance import global_sum as global_sum, mutual_information as mutual_information
+from .base import in_out_features as in_out_features, is_linear as is_linear, weight_of as weight_of
+from .context import Route as Route, RouteContext as RouteContext, Site as Site
+from .experts import Experts as Experts, LoRAExperts as LoRAExperts, adapter_dtype as adapter_dtype
+from .gates import (
+    Gate as Gate,
+    JointTopK as JointTopK,
+    NaiveShared as NaiveShared,
+    Offset as Offset,
+    SoftmaxTopK as SoftmaxTopK,
+)
+from .linear import Mixture as Mixture, MixtureLinear as MixtureLinear
+from .primitives import base_shrink as base_shrink, expand_ as expand_
+from .reflections import Reflections as Reflections
+from .routers import (
+    Router as Router,
+    SampleRouter as SampleRouter,
+    Sum as Sum,
+    TaskEmbedding as TaskEmbedding,
+    TokenRouter as TokenRouter,
+)

@@ -1,0 +1,24 @@
+"""Losses over routing statistics. Statistics are summed over all processes: a mean of products is not a product of means."""
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def global_sum(local: Tensor) -> Tensor:
+    """``local`` summed over the processes. The gradient is that of the local part alone: sum gradients over processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return local
+    total = local.detach().clone()
+    dist.all_reduce(total)
+    return local + (total - local.detach())
+
+
+def mutual_information(joint: Tensor) -> Tensor:
+    """Mutual information, in nats, between tasks and experts of a joint distribution (..., T, E) that sums to 1.
+
+    Source: Mod-Squad (Chen et al., CVPR 2023), whose released code adds 1e-4 inside the logarithm.
+    """
+    by_task, by_expert = joint.sum(-1, keepdim=True), joint.sum(-2, keepdim=True)
+    ratio = joint / (by_task * by_expert).clamp_min(torch.finfo(joint.dtype).tiny)
+    return (joint * torch.log(ratio + 1e-4)).sum((-2, -1))

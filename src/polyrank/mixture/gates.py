@@ -1,0 +1,89 @@
+"""Gates turn logits (..., E) into weights (..., E). Shared experts stand first."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Gate(nn.Module, ABC):
+    """What every gate provides."""
+
+    @abstractmethod
+    def forward(self, logits: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def num_active(self, num_experts: int) -> int:
+        """How many of the experts work on one token, at most."""
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return F.softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+
+
+class SoftmaxTopK(Gate):
+    """Softmax over all experts, then the k best, not renormalised: the active weights sum to less than 1."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def forward(self, logits: Tensor) -> Tensor:
+        p = _softmax(logits)
+        best = p.topk(self.k, -1)  # exactly k, ties broken by topk
+        return torch.zeros_like(p).scatter(-1, best.indices, best.values)
+
+    def num_active(self, num_experts: int) -> int:
+        return self.k
+
+
+class JointTopK(Gate):
+    """One softmax over the k best routed experts and all shared ones: the active weights sum to 1.
+
+    With ``num_shared=0`` it is the renormalised top-k.
+    """
+
+    def __init__(self, k: int, num_shared: int = 0) -> None:
+        super().__init__()
+        self.k, self.num_shared = k, num_shared
+
+    def forward(self, logits: Tensor) -> Tensor:
+        shared, routed = logits[..., : self.num_shared], logits[..., self.num_shared :]
+        best = routed.topk(self.k, -1)
+        p = _softmax(torch.cat([shared, best.values], -1))
+        chosen = torch.zeros_like(routed, dtype=p.dtype).scatter(-1, best.indices, p[..., self.num_shared :])
+        return torch.cat([p[..., : self.num_shared], chosen], -1)
+
+    def num_active(self, num_experts: int) -> int:
+        return self.k + self.num_shared
+
+
+class NaiveShared(Gate):
+    """``SoftmaxTopK`` over the routed experts; every shared expert has weight 1 and its logit is not used."""
+
+    def __init__(self, k: int, num_shared: int) -> None:
+        super().__init__()
+        self.num_shared, self.routed = num_shared, SoftmaxTopK(k)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        routed = self.routed(logits[..., self.num_shared :])
+        return torch.cat([torch.ones_like(routed[..., :1]).expand(*routed.shape[:-1], self.num_shared), routed], -1)
+
+    def num_active(self, num_experts: int) -> int:
+        return self.routed.k + self.num_shared
+
+
+class Offset(Gate):
+    """relu(offset + logits): a fixed weight that the router corrects, never below zero."""
+
+    def __init__(self, offset: Tensor) -> None:
+        super().__init__()
+        self.offset: Tensor
+        self.register_buffer("offset", offset, persistent=False)  # (E,)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return F.relu(self.offset.to(logits.dtype) + logits)
+
+    def num_active(self, num_experts: int) -> int:
+        return num_experts

@@ -1,0 +1,138 @@
+"""The adapted linear layer: y = W x + b + s * B' C(x, t) A x."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import in_out_features, runs_primitives, weight_of
+from .context import Site
+from .experts import Experts
+from .gates import Gate
+from .primitives import base_shrink, compute_dtype, expand_
+from .routers import Router
+
+
+class Mixture(nn.Module, ABC):
+    """What stands in the place of a frozen linear layer: it keeps the layer as ``base`` and knows its ``site``."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.site = Site()  # adapt() puts the model's own here
+
+    @property
+    def weight(self) -> Tensor:  # some models look at their layers' weight, for its dtype
+        return self.base.get_parameter("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base._parameters["bias"]
+
+    @property
+    def in_features(self) -> int:
+        return in_out_features(self.base)[0]
+
+    @property
+    def out_features(self) -> int:
+        return in_out_features(self.base)[1]
+
+    @property
+    @abstractmethod
+    def reads_input(self) -> bool:
+        """Whether the gate looks at the input: then no single weight stands for a task."""
+
+    @property
+    @abstractmethod
+    def reads_task(self) -> bool: ...
+
+    @abstractmethod
+    def task_weight(self, task: int) -> Tensor:
+        """The one weight (O, I) that equals this layer on a task, in the adapter's precision."""
+
+    @abstractmethod
+    def task_lora(self, task: int) -> tuple[Tensor, Tensor]:
+        """A (R, I) and B (R, O) whose product B' A is what this layer adds to its base on a task."""
+
+    @abstractmethod
+    def active_parameters(self) -> int:
+        """Adapter parameters that work on one token."""
+
+    @abstractmethod
+    def flops_per_token(self) -> int:
+        """Multiply-adds x 2 of the wide products for one token, those with the base weight included."""
+
+    def refuse_if_input_routed(self) -> None:
+        if self.reads_input:
+            raise ValueError(
+                f"{self.site.name}: the gate depends on the input, so no single weight stands for a task and nothing "
+                "is approximated silently; keep the adapter in the model, or train with a task-only router"
+            )
+
+
+class MixtureLinear(Mixture):
+    """A frozen linear layer and a gated mixture of low-rank experts beside it."""
+
+    def __init__(
+        self, base: nn.Module, *, experts: Experts, router: Router | None = None, gate: Gate | None = None, scale: float = 1.0
+    ) -> None:
+        super().__init__(base)
+        self.experts, self.router, self.gate, self.scale = experts, router, gate, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.experts.down()
+        rank, rows = len(a), None if self.router is None else self.router.rows()
+        if rows is not None:
+            a = torch.cat([a, rows])
+        fast = runs_primitives(self.base)
+        if fast:
+            y, z = base_shrink(x, weight_of(self.base), self.bias, a)
+        else:  # quantised, sharded, wrapped, hooked: the base runs as it is
+            y, z = self.base(x), F.linear(x, a.to(compute_dtype(x)))
+        q = self.mix(x, z, rank, self.site)
+        b = self.experts.up(self.base)
+        return expand_(y, q, b) if fast else y + F.linear(q, b.t().to(q.dtype)).to(y.dtype)
+
+    def mix(self, x: Tensor, z: Tensor, rank: int, site: Site) -> Tensor:
+        """The rank side: q = s C(x, t) z, (..., R')."""
+        gate = None
+        if self.router is not None:
+            logits = self.router(x, z[..., rank:], site)
+            gate = logits if self.gate is None else self.gate(logits)
+        q = self.experts.core(z[..., :rank], gate)
+        return q if self.scale == 1 else q * self.scale
+
+    @property
+    def reads_input(self) -> bool:
+        return self.router is not None and self.router.reads_input
+
+    @property
+    def reads_task(self) -> bool:
+        return self.router is not None and self.router.reads_task
+
+    def active_parameters(self) -> int:
+        experts = sum(p.numel() for p in self.experts.parameters())
+        if self.gate is not None:
+            experts = experts * self.gate.num_active(self.experts.num_experts) // self.experts.num_experts
+        return experts + (0 if self.router is None else self.router.active_parameters())
+
+    @torch.no_grad()
+    def task_lora(self, task: int) -> tuple[Tensor, Tensor]:
+        """The core is linear in z, so it is its value on the identity: minimal rank, whatever the method."""
+        self.refuse_if_input_routed()
+        a = self.experts.down()
+        eye = torch.eye(len(a), device=a.device, dtype=a.dtype)
+        q = self.mix(eye, eye, len(a), self.site.on(task, a.device))  # (R, R')
+        return a, q @ self.experts.up(self.base).to(a.dtype)
+
+    @torch.no_grad()
+    def task_weight(self, task: int) -> Tensor:
+        a, b = self.task_lora(task)
+        return weight_of(self.base).to(a.dtype) + b.t() @ a
+
+    def flops_per_token(self) -> int:
+        a, b = self.experts.down(), self.experts.up(self.base)
+        rows = None if self.router is None else self.router.rows()
+        thin = a.numel() + b.numel() + (0 if rows is None else rows.numel())
+        return 2 * (self.in_features * self.out_features + thin)

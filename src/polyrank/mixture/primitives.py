@@ -1,0 +1,79 @@
+"""The two primitives of the wide side. Between them, on (tokens, R) tensors, everything is ordinary autograd.
+
+    y, z = base_shrink(x, W, b, A)      y = x W' + b,  z = x A'      dx = dy W + dz A (accumulated in place),  dA = dz' x
+    y    = expand_(y, q, B)             y += q B, in place           dq = dy B',  dB = q' dy,  dy passes through
+
+W and b are frozen: they get no gradient. No tokens x width temporary exists beside y and dx, and x is saved once for
+both products. Both are made of differentiable operations, so second derivatives are right too. Under autocast the thin
+matrices and the weight are cast down, activations never up; a 64-bit input stays what it is.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+
+class _BaseShrink(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight, a)
+        flat = x.reshape(-1, x.shape[-1])
+        y = F.linear(flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        # autograd forbids changing a view among several outputs; aten's unsafe view is the same memory and no view
+        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        return y, F.linear(flat, a).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, dz: Tensor):  # noqa: ANN001, ANN205 - autograd's own protocol
+        x, weight, a = ctx.saved_tensors
+        dy, dz = dy.reshape(-1, dy.shape[-1]), dz.reshape(-1, dz.shape[-1])
+        dx = da = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight.to(dy.dtype)).addmm_(dz, a).view(x.shape)
+        if ctx.needs_input_grad[3]:
+            da = dz.t() @ x.reshape(-1, x.shape[-1])
+        return dx, None, None, da
+
+
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, y: Tensor, q: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(q, b)
+        ctx.mark_dirty(y)
+        y.view(-1, y.shape[-1]).addmm_(q.reshape(-1, q.shape[-1]), b)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # noqa: ANN001, ANN205
+        q, b = ctx.saved_tensors
+        flat = dy.reshape(-1, dy.shape[-1])
+        dq = (flat @ b.t()).view(q.shape) if ctx.needs_input_grad[1] else None
+        db = q.reshape(-1, q.shape[-1]).t() @ flat if ctx.needs_input_grad[2] else None
+        return dy, dq, db
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer would multiply ``x`` here: autocast's, unless x is 64-bit."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def base_shrink(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor) -> tuple[Tensor, Tensor]:
+    """The frozen product and all thin products of ``x``.
+
+    Args:
+        x: (..., I). weight: (O, I), frozen. bias: (O,) or None, frozen. a: (R, I).
+
+    Returns:
+        y (..., O), contiguous and safe to change in place, and z (..., R), both in the compute dtype.
+    """
+    dtype = compute_dtype(x)
+    return _BaseShrink.apply(x.to(dtype), weight, bias, a.to(dtype))  # type: ignore[return-value]
+
+
+def expand_(y: Tensor, q: Tensor, b: Tensor) -> Tensor:
+    """Add ``q b`` to ``y`` in place and return it. y: (..., O), contiguous; q: (..., R); b: (R, O)."""
+    return _Expand.apply(y, q.to(y.dtype), b.to(y.dtype))  # type: ignore[return-value]

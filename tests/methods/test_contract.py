@@ -1,0 +1,310 @@
+"""The contract of every method. A method gets all of it by standing in ``small.METHODS``; rows follow its declaration."""
+
+import copy
+
+import pytest
+import torch
+from small import FULL_RANK, IDS, METHODS, STATIC, TASKLESS, TASKS, Net, adapted, inputs, train_steps
+from torch.testing import assert_close
+
+import polyrank
+from polyrank import Adapter
+
+EVERY = sorted(METHODS)
+every = pytest.mark.parametrize("name", EVERY)
+by_task = pytest.mark.parametrize("name", sorted(set(EVERY) - TASKLESS))
+
+
+def gradients(net, adapter):
+    return {name: p.grad.clone() for name, p in adapter.named_parameters()}
+
+
+@every
+def test_declares_itself_as_written(name):
+    _, adapter = adapted(METHODS[name])
+    assert {layer.reads_input for layer in adapter.layers.values()} == {name not in STATIC}
+    assert {layer.reads_task for layer in adapter.layers.values()} == {name not in TASKLESS}
+
+
+@every
+def test_starts_as_the_base_model(name):
+    net, _ = adapted(METHODS[name], trained=False)
+    torch.manual_seed(1)
+    assert_close(net(inputs(4, 5, 16), task_ids=IDS), Net()(inputs(4, 5, 16)), atol=1e-5, rtol=0)
+
+
+@every
+def test_starts_as_the_base_model_in_bf16(name):
+    """Within twice the base layer's own rounding error, both against fp64. Faithful MoORE rounds W three times: 3 x."""
+    net, _ = adapted(METHODS[name], trained=False, dtype=torch.bfloat16)
+    torch.manual_seed(1)
+    base = Net().bfloat16()
+    x = inputs(64, 16, 16, dtype=torch.bfloat16)
+    exact = copy.deepcopy(base).double()(x.double())
+    error = (net(x, task_ids=IDS.repeat(16)).double() - exact).norm()
+    own = (base(x).double() - exact).norm()
+    assert error <= (3 if name.startswith("moore-") else 2) * own
+
+
+@every
+def test_gradient_reaches_every_adapter_weight_and_no_base_weight(name):
+    """After two steps: a weight behind a zero one has none at first."""
+    net, adapter = adapted(METHODS[name], trained=False)
+    train_steps(net, adapter, 3)
+    own = dict(adapter.named_parameters())
+    for key, p in own.items():
+        assert p.grad is not None, key
+        assert p.grad.abs().max() > 0, key
+    base = [p for p in net.parameters() if all(p is not q for q in own.values())]
+    assert base
+    assert all(p.grad is None and not p.requires_grad for p in base)
+
+
+@every
+def test_a_sample_depends_on_its_own_task_only(name):
+    net, _ = adapted(METHODS[name])
+    x, order = inputs(4, 5, 16), torch.tensor([2, 0, 3, 1])
+    y = net(x, task_ids=IDS)
+    assert_close(net(x[order], task_ids=IDS[order]), y[order], atol=1e-5, rtol=1e-5)
+    assert_close(net(x[1:2], task_ids=IDS[1:2]), y[1:2], atol=1e-5, rtol=1e-5)
+
+
+@by_task
+def test_the_task_matters(name):
+    net, _ = adapted(METHODS[name])
+    x = inputs(4, 5, 16)
+    assert not torch.allclose(net(x, task_ids=IDS), net(x, task_ids=(IDS + 1) % 3), atol=1e-3)
+
+
+@every
+@pytest.mark.parametrize("shape", [(4, 16), (4, 5, 16), (4, 3, 2, 16), (8, 5, 16)])
+def test_leading_dimensions_are_free(name, shape):
+    """Each sample alone gives its rows; 8 rows of 4 ids are beams or windows, two of each sample in turn."""
+    net, _ = adapted(METHODS[name])
+    x = inputs(*shape)
+    fold = shape[0] // len(IDS)
+    whole = net(x, task_ids=IDS)
+    assert whole.shape == (*shape[:-1], 3)
+    for i in range(len(IDS)):
+        rows = slice(i * fold, (i + 1) * fold)
+        assert_close(whole[rows], net(x[rows], task_ids=IDS[i].repeat(fold)), atol=1e-5, rtol=1e-5)
+
+
+@every
+def test_non_contiguous_input(name):
+    net, adapter = adapted(METHODS[name])
+    x = inputs(5, 4, 16).transpose(0, 1)
+    got = net(x, task_ids=IDS)
+    assert not x.is_contiguous()
+    assert_close(got, net(x.contiguous(), task_ids=IDS))
+    got.sum().backward()
+
+
+@every
+def test_mixed_batch_equals_one_batch_for_each_task(name):
+    net, _ = adapted(METHODS[name])
+    x = inputs(4, 5, 16)
+    y = net(x, task_ids=IDS)
+    for task in range(3):
+        own = IDS == task
+        assert_close(net(x[own], task_ids=IDS[own]), y[own], atol=1e-5, rtol=1e-5)
+
+
+@every
+def test_ids_of_each_token(name):
+    """A server flattens requests into one row. Pooling routers cannot tell the requests apart there."""
+    net, adapter = adapted(METHODS[name])
+    net.eval()
+    x = inputs(4, 1, 16)
+    alone = net(x, task_ids=IDS)
+    if "sample" in name:
+        return
+    flat = net(x.reshape(1, 4, 16), task_ids=IDS.view(1, 4))
+    assert_close(flat.view(4, 1, 3), alone, atol=1e-5, rtol=1e-5)
+
+
+@every
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_checkpointed_backward_is_the_same(name, forwards):
+    x, ids = inputs(4, 5, 16), [IDS, IDS.flip(0)]
+    found = []
+    for checkpointed in (False, True):
+        net, adapter = adapted(METHODS[name], checkpointed=checkpointed)
+        net.context_fn = adapter.context.replay
+        total = torch.zeros(())
+        for k in range(forwards):
+            total = total + (net(x, task_ids=ids[k]) ** 2).sum() + sum(adapter.losses().values(), torch.zeros(()))
+        total.backward()
+        assert adapter.losses() == {}, "the recomputation left notes"
+        found.append(gradients(net, adapter))
+    assert_close(found[1], found[0])
+
+
+@by_task
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputation_without_its_route_is_an_error(name, use_reentrant):
+    net, adapter = adapted(METHODS[name], checkpointed=True)
+    net.use_reentrant = use_reentrant
+    y = net(inputs(4, 5, 16).requires_grad_(), task_ids=IDS)
+    with pytest.raises(RuntimeError, match="enable_checkpointing"):
+        y.sum().backward()
+    with adapter.on("b"):  # not even a task that is set by now
+        y = net(inputs(4, 5, 16).requires_grad_())
+        with pytest.raises(RuntimeError, match="enable_checkpointing"):
+            y.sum().backward()
+
+
+@by_task
+def test_no_stale_task(name):
+    net, adapter = adapted(METHODS[name])
+    x = inputs(4, 5, 16)
+    y = net(x, task_ids=IDS)
+    with pytest.raises(ValueError, match="routes by task"):
+        net(x)
+    with pytest.raises(ValueError, match="task_ids"):
+        net(x, task_ids=torch.tensor([0, 1, 3, 1]))
+    with pytest.raises(ValueError, match="routes by task"):
+        net(x)  # nothing stayed after an error either
+    with adapter.on([TASKS[i] for i in IDS]):
+        assert_close(net(x), y)
+        assert_close(net(x, task_ids=IDS.flip(0)), net(x, task_ids=IDS.flip(0)))
+    with pytest.raises(ValueError, match="routes by task"):
+        net(x)
+
+
+@every
+def test_merge_equals_the_task_or_refuses(name):
+    net, adapter = adapted(METHODS[name])
+    x = inputs(4, 5, 16)
+    y = net(x, task_ids=torch.full((4,), 1))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    if name not in STATIC:
+        with pytest.raises(ValueError, match="depends on the input"):
+            adapter.merge("b")
+        assert_close(net(x, task_ids=torch.full((4,), 1)), y, atol=0, rtol=0)
+        assert_close(dict(net.state_dict()), before, atol=0, rtol=0)
+        return
+    merged = adapter.merge("b")
+    assert [type(m).__name__ for m in merged.modules()] == ["Net", "Linear", "Linear", "Linear"]
+    assert_close(merged(x), y, atol=1e-5, rtol=1e-5)
+
+
+@every
+def test_lora_factors_are_the_delta(name):
+    _, adapter = adapted(METHODS[name], dtype=torch.float64)
+    for layer in adapter.layers.values():
+        if name not in STATIC or name in FULL_RANK:
+            with pytest.raises(ValueError, match=r"depends on the input|full rank"):
+                layer.task_lora(2)
+            continue
+        a, b = layer.task_lora(2)
+        assert_close(layer.weight + b.t() @ a, layer.task_weight(2), atol=1e-12, rtol=0)
+
+
+@every
+@pytest.mark.parametrize("with_factors", [False, True])
+def test_save_load_equal(name, with_factors, tmp_path):
+    net, adapter = adapted(METHODS[name])
+    x = inputs(4, 5, 16)
+    adapter.save(tmp_path / "adapter", with_factors=with_factors)
+    torch.manual_seed(1)
+    fresh = Net()
+    torch.manual_seed(9)
+    loaded = Adapter.load(tmp_path / "adapter", fresh)
+    assert loaded.method == METHODS[name]
+    assert loaded.tasks == TASKS
+    assert torch.equal(fresh(x, task_ids=IDS), net(x, task_ids=IDS))
+
+
+@every
+def test_remove_gives_back_the_base(name):
+    torch.manual_seed(1)
+    net = Net()
+    net.out.weight.requires_grad_(False)
+    before, modules = {k: v.clone() for k, v in net.state_dict().items()}, list(net.modules())
+    grads = [p.requires_grad for p in net.parameters()]
+    adapter = polyrank.adapt(net, METHODS[name], tasks=TASKS, targets=["q", "v"])
+    train_steps(net, adapter, 2)
+    adapter.remove()
+    assert list(net.modules()) == modules
+    assert [p.requires_grad for p in net.parameters()] == grads
+    assert_close(dict(net.state_dict()), before, atol=0, rtol=0)
+    net(inputs(4, 5, 16))
+    with pytest.raises(TypeError):
+        net(inputs(4, 5, 16), task_ids=IDS)
+
+
+@every
+def test_deepcopy_is_independent(name):
+    net, adapter = adapted(METHODS[name])
+    x = inputs(4, 5, 16)
+    y = net(x, task_ids=IDS)
+    twin = copy.deepcopy(net)
+    adapter.remove()
+    assert_close(twin(x, task_ids=IDS), y, atol=0, rtol=0)
+
+
+@every
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at every tensor's, leaf or not
+def test_compiles_whole(name):
+    net, adapter = adapted(METHODS[name])
+    x = inputs(4, 5, 16)
+    net(x, task_ids=IDS).square().sum().backward()
+    eager, y = gradients(net, adapter), net(x, task_ids=IDS)
+    net.zero_grad()
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)(x, task_ids=IDS)
+    compiled.square().sum().backward()
+    assert_close(compiled, y, atol=1e-5, rtol=1e-5)
+    assert_close(gradients(net, adapter), eager, atol=1e-4, rtol=1e-4)
+
+
+@every
+def test_autocast_gives_bf16_outputs_and_fp32_gradients(name):
+    net, adapter = adapted(METHODS[name], dtype=torch.float32)
+    twin, exact = adapted(METHODS[name], dtype=torch.float64)
+    x = inputs(4, 5, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(x, task_ids=IDS)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    want = twin(x.double(), task_ids=IDS)
+    assert (y.double() - want).norm() / want.norm() < 0.05
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in adapter.parameters())
+
+
+@every
+def test_a_hooked_base_runs_its_own_forward(name):
+    """Something else stands on the base layer: the fast path must not pass it by."""
+    net, adapter = adapted(METHODS[name])
+    x = inputs(4, 5, 16)
+    y = net(x, task_ids=IDS)
+    seen = []
+    handle = adapter.layers["q"].base.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    if name.startswith("moore-"):  # it stands for W: the base is not run at all
+        assert_close(net(x, task_ids=IDS), y)
+        return
+    got = net(x, task_ids=IDS)
+    assert seen == [(4, 5, 24)]
+    assert_close(got, y, atol=1e-5, rtol=1e-5)
+    handle.remove()
+
+
+@every
+def test_repr_is_the_recipe(name):
+    method = METHODS[name]
+    assert eval(repr(method), {type(method).__name__: type(method)}) == method
+    with pytest.raises(ValueError, match="unexpected"):
+        type(method)(no_such_field=1)
+
+
+@every
+def test_summary_counts(name):
+    net, adapter = adapted(METHODS[name])
+    summary = adapter.summary()
+    assert summary.trainable_parameters == sum(p.numel() for p in adapter.parameters())
+    assert summary.base_parameters == sum(p.numel() for p in Net().parameters())
+    assert 0 < summary.active_parameters <= summary.trainable_parameters
+    assert summary.flops_per_token > summary.base_flops_per_token == 2 * (16 * 24 + 24 * 12)
+    assert summary.merges.startswith("exactly") == (name in STATIC)
+    assert str(summary.trainable_parameters)[-3:] in str(summary)
