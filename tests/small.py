@@ -20,7 +20,7 @@ METHODS: dict[str, Method] = {
     "moore_topk-task": MoORETopK(k=5, num_reflections=4, task_dim=6, router="task"),
     "more": MoRE(rank=6, alpha=6),
     "more-none": MoRE(rank=6, alpha=6, scaling="none", pooling="first"),
-    "more-released": MoRE(rank=6, alpha=6, scaling="released", contrastive=0),
+    "more-released": MoRE(rank=6, alpha=6, scaling="released", contrastive=0, start="released"),
     "ase": ASE(num_experts=6, k=2, num_shared=1, rank=2, alpha=2),
     "ase-baseline": ASE(num_experts=6, k=3, num_shared=0, rank=2, alpha=2, gate="baseline"),
     "ase-renormalised": ASE(num_experts=6, k=3, num_shared=0, rank=2, alpha=2, gate="renormalised", mutual_information=0),

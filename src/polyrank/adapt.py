@@ -26,6 +26,7 @@ class Adapter:
         self.model, self.method, self.context, self.layers = model, method, context, layers
         self.base_fingerprint = base
         self._trained = trained  # base parameters that were trainable before
+        self._released: Path | None = None  # where the base's weights are, if they left memory
         self._hooks = [
             model.register_forward_pre_hook(context.enter, with_kwargs=True),
             model.register_forward_hook(context.leave, always_call=True),
@@ -187,8 +188,35 @@ class Adapter:
 
     # Leaving.
 
+    def release_base(self, folder: str | Path) -> None:
+        """Move the adapted layers' frozen weights to ``folder`` and free their memory; ``remove`` reads them back bit for bit.
+
+        Only for methods whose layers stand for their base (MoORE).
+
+        Raises:
+            ValueError: a layer computes with its base's weight.
+        """
+        for name, layer in self.layers.items():
+            if not layer.stands_for_base:
+                raise ValueError(f"{name} needs its base weight in every forward: only MoORE's layers stand for it")
+        write_folder(folder, {"weights": {name: layer.weight for name, layer in self.layers.items()}}, {"polyrank": "weights"})
+        self._released = Path(folder)
+        for layer in self.layers.values():
+            empty = torch.empty_like(layer.weight, device="meta")
+            layer.base.register_parameter("weight", nn.Parameter(empty, requires_grad=False))
+
+    def _restore_base(self) -> None:
+        if self._released is None:
+            return
+        weights = read_folder(self._released)[0]["weights"]
+        for name, layer in self.layers.items():
+            device = next(p for key, p in layer.named_parameters() if not key.startswith("base.")).device
+            layer.base.register_parameter("weight", nn.Parameter(weights[name].to(device), requires_grad=False))
+        self._released = None
+
     def remove(self) -> nn.Module:
         """Take the adapter out: the model is the base again, module for module and bit for bit."""
+        self._restore_base()
         for name, layer in self.layers.items():
             self.model.set_submodule(name, layer.base)
         for hook in self._hooks:
@@ -208,6 +236,7 @@ class Adapter:
         index = int(self.task_ids(task)[0])
         for layer in self.layers.values():
             layer.refuse_if_input_routed()
+        self._restore_base()
         for layer in self.layers.values():
             weight = layer.task_weight(index)
             own = layer.weight

@@ -80,6 +80,10 @@ class SingularLinear(Mixture):
         return F.linear(gate.to(h.dtype) * h, self.u.to(h.dtype), None if self.bias is None else self.bias.to(h.dtype))
 
     @property
+    def stands_for_base(self) -> bool:
+        return True
+
+    @property
     def reads_input(self) -> bool:
         return self.router.reads_input
 

@@ -13,6 +13,9 @@ Deviations from the released code, with the reason:
 - The selector is live: every released version freezes it at its random start (its training branch is never reached).
 - The contrastive term covers all adapted layers (theirs counts the encoder twice and drops the decoder), and h is the
   masked mean; ``pooling="first"`` is the released token 0.
+- Every task starts at the full rank: b_g rises with i (``start="full"``). A closed row sends no gradient to the selector,
+  so a chosen-only straight-through can shrink a rank that conflicts but never see that more would help: from the
+  released random start (``"released"``) ranks change as often away from the need as towards it.
 - s_i on one factor, as the paper's "linear scaling"; ``scaling="released"`` puts i/R on both, ``"none"`` on neither.
 - Task and rank counts are free (theirs: 8 and 8). Dropout is 0 (theirs 0.1 on x).
 """
@@ -32,6 +35,8 @@ from .base import STRICT, Method
 
 Pooling = Literal["mean", "first"]
 Scaling = Literal["row", "none", "released"]
+Start = Literal["full", "released"]
+STEP = 0.05  # between the first logits of neighbouring ranks: a few times their random part
 
 
 class RankSelector(Router):
@@ -39,14 +44,15 @@ class RankSelector(Router):
 
     reads_input, reads_task = False, True
 
-    def __init__(self, base: nn.Module, num_tasks: int, rank: int, temperature: float, pooling: Pooling) -> None:
+    def __init__(self, base: nn.Module, num_tasks: int, rank: int, temperature: float, pooling: Pooling, start: Start) -> None:
         super().__init__()
         width = in_out_features(base)[0]
         place = {"device": weight_of(base).device, "dtype": adapter_dtype(base)}
         bound = (6 / width) ** 0.5  # kaiming_uniform for relu, as released
         self.embedding = nn.Parameter(0.01 * torch.randn(num_tasks, width, **place))
         self.proj = nn.Parameter(torch.empty(rank, width, **place).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(rank, **place).uniform_(-(width**-0.5), width**-0.5))
+        rising = STEP * torch.arange(rank, **place)
+        self.bias = nn.Parameter(rising if start == "full" else torch.empty(rank, **place).uniform_(-(width**-0.5), width**-0.5))
         self.temperature, self.pooling = temperature, pooling
 
     def rows(self) -> None:
@@ -100,6 +106,7 @@ class MoRE(Method):
     contrastive: NonNegativeFloat = 0.1
     temperature: PositiveFloat = 0.05
     pooling: Pooling = "mean"
+    start: Start = "full"
 
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
         layers: dict[str, Mixture] = {}
@@ -109,7 +116,7 @@ class MoRE(Method):
             layers[name] = MixtureLinear(
                 base,
                 experts=experts,
-                router=RankSelector(base, len(tasks), self.rank, temperature, self.pooling),
+                router=RankSelector(base, len(tasks), self.rank, temperature, self.pooling, self.start),
                 gate=Nested(self.rank, self.scaling, experts.lora_A),
                 scale=self.alpha / self.rank,
             )

@@ -40,6 +40,11 @@ class Mixture(nn.Module, ABC):
 
     @property
     @abstractmethod
+    def stands_for_base(self) -> bool:
+        """Whether the layer computes without its base's weight, which may then leave memory."""
+
+    @property
+    @abstractmethod
     def reads_input(self) -> bool:
         """Whether the gate looks at the input: then no single weight stands for a task."""
 
@@ -102,6 +107,10 @@ class MixtureLinear(Mixture):
             gate = logits if self.gate is None else self.gate(logits)
         q = self.experts.core(z[..., :rank], gate)
         return q if self.scale == 1 else q * self.scale
+
+    @property
+    def stands_for_base(self) -> bool:
+        return False
 
     @property
     def reads_input(self) -> bool:
