@@ -4,7 +4,7 @@
     logits = model(**batch, task_ids=task_ids)
 """
 
-from importlib.metadata import version
+from importlib.metadata import version as _version
 
 from .adapt import Adapter as Adapter, adapt as adapt
 from .methods import (
@@ -17,4 +17,4 @@ from .methods import (
     MoRE as MoRE,
 )
 
-__version__ = version("polyrank")
+__version__ = _version("polyrank")

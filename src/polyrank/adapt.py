@@ -87,11 +87,15 @@ class Adapter:
             TypeError: the model has none; checkpoint by hand with ``context_fn=adapter.context.replay``.
         """
         how = {"use_reentrant": False, "context_fn": self.context.replay}
+        model: Any = self.model
         try:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)  # type: ignore[operator]
+            try:
+                model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+            except AttributeError:  # its older name
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
         except (AttributeError, ValueError) as error:
             raise TypeError(
-                f"{type(self.model).__name__} has no gradient_checkpointing_enable: use torch.utils.checkpoint.checkpoint(..., "
+                f"{type(model).__name__} has no activation checkpointing of its own: use torch.utils.checkpoint.checkpoint(..., "
                 "use_reentrant=False, context_fn=adapter.context.replay) in its forward"
             ) from error
 

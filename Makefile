@@ -1,0 +1,62 @@
+# Polyrank: everything a checkout can do. Needs Python 3.11 or newer with pip, and make. `make` alone lists it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INPUTS := pyproject.toml constraints-dev.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test slow lint format build clean
+
+help: ## this list
+	@echo "Polyrank. The targets set up $(VENV) by themselves; start with 'make quickstart'."
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "One test file: $(BIN)/pytest tests/test_architecture.py    Another Python: make PYTHON=python3.12 setup"
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "No python3.11 or python3 found: install Python 3.11, or run make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11: install 3.11, or run make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+
+# torch comes first and pinned, so that nothing else decides its version
+$(VENV)/.use: $(INPUTS) | $(BIN)/python
+	@echo "installing polyrank[all] into $(VENV) (once; torch is large)"
+	@$(PIP) install -c constraints-dev.txt torch
+	@$(PIP) install -c constraints-dev.txt -e '.[all]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.use
+	@echo "installing the development tools into $(VENV)"
+	@$(PIP) install -c constraints-dev.txt -e '.[all,dev]'
+	@touch $@
+
+setup: $(VENV)/.dev ## create .venv with everything for development
+
+quickstart: $(VENV)/.use ## adapt a small model to six tasks and show the result
+	@$(BIN)/polyrank quickstart
+
+test: $(VENV)/.dev ## the tests that every change must pass
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto
+
+slow: $(VENV)/.dev ## the heavy checks
+	@$(BIN)/pytest -q -m slow
+
+lint: $(VENV)/.dev ## ruff (rules and format) and pyright
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/pyright
+
+format: $(VENV)/.dev ## let ruff mend what it can
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+build: $(VENV)/.dev ## wheel and sdist into dist/
+	@$(BIN)/python -m build
+
+clean: ## remove .venv and everything that was built (the download cache stays)
+	@rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,263 @@
+"""The command `polyrank`. Heavy imports stand inside the commands, so that the help comes at once."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="polyrank",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Adapt one frozen pretrained model to many tasks at once with a mixture of low-rank experts.\n\n"
+    "Start with [bold]polyrank quickstart[/]: six text tasks, about five minutes on two CPU cores.",
+)
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one value of the recipe; may be repeated. Example: --set training.steps=50",
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished run in the same folder.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """A user's error is one message and exit code 2; a training that diverged is exit code 1."""
+    from polyrank.assets import AssetError
+    from polyrank.recipe import RecipeError
+    from polyrank.train import Diverged
+
+    try:
+        yield
+    except (RecipeError, AssetError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except Diverged as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def quiet_libraries() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"polyrank {version('polyrank')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def quickstart(
+    method: Annotated[str, typer.Option(help="A name that `polyrank methods` lists.")] = "moore",
+    seed: Annotated[int, typer.Option(min=0, help="Of the data samples, the adapter and the order.")] = 0,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Several seeds: also prints mean and deviation.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME|PATH", help="Built-in name, folder, or hub name of an encoder.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default: a new one in runs/.")] = None,
+    settings: Settings = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Adapt a small model to six text tasks and compare it with the frozen model.
+
+    [bold]polyrank quickstart[/]
+
+    [bold]polyrank quickstart --method more --set method.rank=16[/]
+
+    [bold]polyrank quickstart --seeds 0,1,2[/]
+    """
+    with user_errors():
+        from polyrank.quickstart import Choices, quickstart
+        from polyrank.recipe import RecipeError
+
+        parts = [part.strip() for part in (seeds or str(seed)).split(",")]
+        if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
+            raise RecipeError(
+                f"--seeds {seeds!r}: write different whole numbers with commas, for example --seeds 0,1,2"
+            )
+        quiet_libraries()
+        choices = Choices(method, model, steps, out, tuple(settings or ()))
+        quickstart(choices, [int(part) for part in parts], Console(), overwrite=overwrite)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; runs keep theirs as RUN/recipe.yaml.")],
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default: the recipe's.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train what a recipe describes, and write a run folder.
+
+    A recipe needs a model, a method and tasks; everything else has a default:
+
+    [dim]model: minilm[/]
+    [dim]method: {name: moore}[/]
+    [dim]tasks: \\[newsgroups, {name: mood, train: mood-train.csv, test: mood-test.csv}][/]
+    [dim]out: runs/mine[/]
+
+    [bold]polyrank train recipe.yaml --set method.name=more --set training.steps=200[/]
+    """
+    with user_errors():
+        from polyrank.quickstart import results_table, timing_line
+        from polyrank.recipe import read_recipe, run
+
+        quiet_libraries()
+        changed = read_recipe(recipe, settings or ())
+        if out is not None:
+            changed = changed.model_copy(update={"out": str(out)})
+        console = Console()
+        finished = run(changed, overwrite=overwrite, progress=console.is_terminal)
+        console.print(results_table(finished.results))
+        console.print(timing_line(finished.results), style="dim", highlight=False)
+        console.print(f"The run is in {finished.folder}", highlight=False)
+
+
+@app.command("eval")
+def evaluate(run: RunFolder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Score a run again, from its files, on the test examples of its recipe.
+
+    [bold]polyrank eval runs/quickstart-moore[/]
+    """
+    with user_errors():
+        from rich.table import Table
+
+        from polyrank.evaluate import evaluate, mean
+        from polyrank.recipe import load_examples, load_run
+
+        quiet_libraries()
+        loaded = load_run(run)
+        console = Console()
+        tests = {source.name: load_examples(source, loaded.recipe)[1] for source in loaded.recipe.tasks}
+        scores = evaluate(loaded.model, tests, progress=console.is_terminal)
+        if as_json:
+            typer.echo(json.dumps({"tasks": scores, "mean": mean(scores)}))
+            return
+        table = Table("task", "accuracy, %")
+        for name, value in [*scores.items(), ("mean", mean(scores))]:
+            table.add_row(name, f"{100 * value:.1f}")
+        console.print(table)
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; without any, lines from standard input.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="One task; default: every task of the run.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A file with one text per line.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object per answer, with all probabilities.")
+    ] = False,
+) -> None:
+    """Let a run answer.
+
+    [bold]polyrank predict runs/quickstart-moore --task movies "A quiet, wonderful film."[/]
+
+    [bold]cat headlines.txt | polyrank predict runs/quickstart-moore --task sarcasm --json[/]
+    """
+    with user_errors():
+        from polyrank.evaluate import predict
+        from polyrank.recipe import RecipeError, load_run
+        from polyrank.recipe.schema import nearest
+
+        quiet_libraries()
+        lines = read_texts(texts or [], file)
+        loaded = load_run(run)
+        names = [known.name for known in loaded.model.tasks]
+        if task is not None and task not in names:
+            raise RecipeError(f"--task: no task {task!r} in {run}{nearest(task, names)}")
+        for name in names if task is None else [task]:
+            for text, answer in zip(lines, predict(loaded.model, lines, name), strict=True):
+                if as_json:
+                    entry = {"task": name, "text": text, "label": answer.label, "probabilities": answer.probabilities}
+                    typer.echo(json.dumps(entry, ensure_ascii=False))
+                else:
+                    typer.echo(f"{name}\t{answer.label}\t{answer.probabilities[answer.label]:.3f}\t{text}")
+
+
+def read_texts(texts: list[str], file: Path | None) -> list[str]:
+    """The texts of the command line, of a file, or of standard input; blank lines are left out.
+
+    Raises:
+        RecipeError: both texts and a file, an unreadable file, or no text at all.
+    """
+    from polyrank.recipe import RecipeError
+
+    if texts and file is not None:
+        raise RecipeError("give texts or --file, not both")
+    try:
+        if file is not None:
+            texts = file.read_text(encoding="utf-8-sig").splitlines()
+        elif not texts:
+            texts = sys.stdin.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the texts cannot be read: {error}; give a UTF-8 file with one text per line") from error
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise RecipeError(
+            'no text: give one in quotes, name a --file, or pipe lines in: echo "..." | polyrank predict RUN'
+        )
+    return texts
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="One method, with its whole header.")] = None) -> None:
+    """List the methods, their papers and their fields with defaults.
+
+    [bold]polyrank methods moore[/]
+    """
+    with user_errors():
+        from inspect import signature
+
+        from rich.table import Table
+
+        from polyrank.methods import METHODS
+        from polyrank.recipe import RecipeError
+        from polyrank.recipe.schema import nearest
+
+        if name is not None and name not in METHODS:
+            raise RecipeError(f"unknown method {name!r}{nearest(name, METHODS)}")
+        if name is not None:
+            typer.echo((sys.modules[METHODS[name].__module__].__doc__ or "").strip() + "\n")
+        table = Table("method", "paper", "fields and defaults", show_lines=True)
+        for key, kind in METHODS.items() if name is None else [(name, METHODS[name])]:
+            title = (sys.modules[kind.__module__].__doc__ or key).strip().splitlines()[0]
+            table.add_row(key, title, "\n".join(str(field) for field in signature(kind).parameters.values()))
+        Console().print(table, markup=False)
+
+
+def main() -> None:
+    """The entry point of the command."""
+    app()

@@ -1,0 +1,71 @@
+"""What happened in a training run: kept in memory, written to metrics.jsonl, shown as a progress bar."""
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@dataclass
+class History:
+    """One entry per step and per look at the held-out examples, and which step was kept (0: before training)."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    best_step: int = 0
+    best_score: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+
+
+class Log:
+    """Fills a history, writes metrics.jsonl and moves the progress bar; only the first process writes and shows."""
+
+    def __init__(self, folder: Path | None, progress: bool, steps: int, main: bool) -> None:
+        self.history = History()
+        self.path = folder / "metrics.jsonl" if folder is not None and main else None
+        columns = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        self.bar = Progress(
+            TextColumn("training"), BarColumn(), *columns, transient=True, disable=not (progress and main)
+        )
+        self.row = self.bar.add_task("training", total=steps, note="")
+        self.start, self.held = time.perf_counter(), ""
+
+    def __enter__(self) -> "Log":
+        if self.path is not None:
+            self.path.write_text("", encoding="utf-8")
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        self.history.seconds = time.perf_counter() - self.start
+
+    def step(self, step: int, loss: float, losses: dict[str, float], lr: float, norm: float, taken: bool) -> None:
+        self.history.skipped += not taken
+        self.history.skipped_in_a_row = 0 if taken else self.history.skipped_in_a_row + 1
+        self.bar.update(self.row, completed=step, note=f"loss {loss:.3f}{self.held}")
+        by_task = {name: _finite(value) for name, value in losses.items()}
+        entry = {"step": step, "loss": _finite(loss), "losses": by_task, "lr": lr, "gradient_norm": _finite(norm)}
+        self.history.steps.append(self._write({**entry, "skipped": not taken}))
+
+    def evaluation(self, step: int, scores: dict[str, float], found: float) -> None:
+        self.held = f"  held-out {found:.3f}"
+        self.history.evaluations.append(self._write({"step": step, "held_out": scores, "held_out_mean": found}))
+
+    def _write(self, entry: dict[str, Any]) -> dict[str, Any]:
+        entry["seconds"] = round(time.perf_counter() - self.start, 3)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, allow_nan=False) + "\n")
+        return entry
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity: null."""
+    return value if math.isfinite(value) else None

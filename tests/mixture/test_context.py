@@ -1,0 +1,75 @@
+"""Routes: ids fold over what the model folded, masks pool, nothing stays."""
+
+import pytest
+import torch
+from small import METHODS, adapted, inputs
+from torch.testing import assert_close
+
+from polyrank.mixture import Route, RouteContext, Site
+
+
+@pytest.mark.parametrize(
+    ("ids", "shape", "want"),
+    [
+        ([0, 1], (2, 5, 3), [[0], [1]]),
+        ([0, 1], (6, 5, 3), [[0], [0], [0], [1], [1], [1]]),
+        ([2], (3, 4), [2, 2, 2]),
+        ([0, 1], (2, 4, 4, 3), [[[0]], [[1]]]),
+        ([[0, 1, 1]], (1, 3, 8), [[0, 1, 1]]),
+    ],
+)
+def test_ids_broadcast(ids, shape, want):
+    assert Route(task_ids=torch.tensor(ids)).ids(torch.empty(shape)).tolist() == want
+
+
+@pytest.mark.parametrize(("ids", "shape"), [([0, 1], (3, 5, 2)), ([0, 1], (1, 5, 2)), ([[0, 1]], (1, 3, 2)), ([0], (7,))])
+def test_sizes_that_do_not_fit_are_errors(ids, shape):
+    with pytest.raises(ValueError, match="task_ids"):
+        Route(task_ids=torch.tensor(ids)).ids(torch.empty(shape))
+
+
+def test_pooling_is_the_masked_mean():
+    x, mask = inputs(3, 4, 5), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    pooled = Route(batch=3, masks={"input": mask}).pool(x, "input")
+    assert_close(pooled, torch.stack([x[0, :2].mean(0), x[1].mean(0), torch.zeros(5)]))
+    assert_close(Route(batch=3, masks={"input": None}).pool(x, "input"), x.mean(1))
+    windows = x.reshape(6, 2, 5)  # two windows of each sample
+    assert_close(Route(batch=3, masks={"input": mask}).pool(windows, "input"), pooled)
+    assert_close(Route(batch=3, masks={"input": mask}).pool(x[:, 0], "input"), x[:, 0])  # one token a sample: a pooler
+    with pytest.raises(ValueError, match="mask"):
+        Route(batch=3, masks={"input": mask[:, :3]}).pool(x, "input")
+    with pytest.raises(ValueError, match="attention_mask"):
+        Route(batch=3).pool(x, "input")
+
+
+def test_each_context_is_its_own():
+    """Two adapted models at once, one called inside the other's block."""
+    first, one = adapted(METHODS["more"])
+    second, _ = adapted(METHODS["more"])
+    x = inputs(4, 5, 16)
+    with one.on("b"):
+        first(x)
+        with pytest.raises(ValueError, match="routes by task"):
+            second(x)
+
+
+def test_notes_are_those_of_the_last_forward_only():
+    net, adapter = adapted(METHODS["more"])
+    x, ids = inputs(4, 5, 16), torch.tensor([0, 1, 2, 0])
+    net(x, task_ids=ids)
+    net(x, task_ids=ids)
+    assert len(adapter.context.notes["contrastive"]) == 2  # one of each layer, not four
+    assert set(adapter.losses()) == {"contrastive"}
+    assert adapter.losses() == {}
+    net.eval()
+    net(x, task_ids=ids)
+    with torch.no_grad():
+        net.train()(x, task_ids=ids)
+    assert adapter.losses() == {}
+
+
+def test_a_site_elsewhere_does_not_touch_the_model():
+    context = RouteContext(["a", "b"])
+    assert Site("x", "input", context).on(1, torch.device("cpu")).ids(torch.empty(3, 2)).tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="routes by task"):
+        _ = context.route

@@ -1,0 +1,105 @@
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import tiny
+from polyrank.mixing import Corpus, Proportional, Tempered
+from polyrank.tasks import MISSING, Examples
+
+LENGTHS = st.lists(st.lists(st.integers(1, 64), max_size=40), min_size=1, max_size=4).filter(any)
+
+
+@settings(deadline=None, max_examples=60)
+@given(LENGTHS, st.integers(1, 17), st.integers(0, 5), st.integers(1, 5))
+def test_every_example_once_per_epoch(lengths, batch_size, seed, window):
+    sampler = Proportional(lengths, batch_size, seed, window)
+    everything = sorted((t, i) for t, of_task in enumerate(lengths) for i in range(len(of_task)))
+    for epoch in range(2):
+        steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
+        batches = [sampler.batch(step) for step in steps]
+        assert sorted(pick for batch in batches for pick in batch) == everything
+        assert {len(b) for b in batches} <= {len(everything) // len(batches), -(-len(everything) // len(batches))}
+        assert max(map(len, batches)) <= batch_size
+
+
+@settings(deadline=None, max_examples=40)
+@given(LENGTHS, st.integers(1, 9), st.integers(0, 5), st.lists(st.integers(0, 200), min_size=1, max_size=9))
+@pytest.mark.parametrize("kind", ["proportional", "tempered"])
+def test_a_step_is_a_pure_function_of_seed_and_step(kind, lengths, batch_size, seed, steps):
+    def fresh():
+        return (
+            Proportional(lengths, batch_size, seed)
+            if kind == "proportional"
+            else Tempered(lengths, batch_size, seed, 2)
+        )
+
+    used = fresh()
+    assert [used.batch(step) for step in steps] == [fresh().batch(step) for step in steps]
+
+
+@settings(deadline=None, max_examples=40)
+@given(LENGTHS, st.integers(1, 33), st.integers(0, 50), st.integers(1, 6))
+def test_parts_are_disjoint_and_make_the_whole(lengths, batch_size, step, parts):
+    sampler = Proportional(lengths, batch_size, 0)
+    pieces = [sampler.batch(step, part, parts) for part in range(parts)]
+    assert sorted(pick for piece in pieces for pick in piece) == sorted(sampler.batch(step))
+    assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
+
+
+def test_seeds_and_epochs_differ():
+    lengths = [[5] * 100]
+    sampler = Proportional(lengths, 10, 0)
+    assert sampler.batch(0) != sampler.batch(sampler.steps_per_epoch)
+    assert sampler.batch(0) != Proportional(lengths, 10, 1).batch(0)
+
+
+def test_length_grouping_nearly_removes_padding():
+    rng = torch.Generator().manual_seed(0)
+    lengths = [torch.randint(4, 65, (2000,), generator=rng).tolist()]
+
+    def waste(window: int) -> float:
+        sampler = Proportional(lengths, 32, 0, window)
+        batches = [[lengths[t][i] for t, i in sampler.batch(step)] for step in range(sampler.steps_per_epoch)]
+        padded = sum(max(batch) * len(batch) for batch in batches)
+        return 1 - sum(map(sum, batches)) / padded
+
+    assert waste(1) > 0.4
+    assert waste(16) < 0.06
+
+
+def test_temperature_turns_proportional_into_uniform():
+    lengths = [[1] * 900, [1] * 100, []]
+    shares = []
+    for temperature in (1.0, float("inf")):
+        sampler = Tempered(lengths, 50, 0, temperature)
+        tasks = [t for step in range(64) for t, _ in sampler.batch(step)]
+        assert 2 not in tasks
+        shares.append(tasks.count(0) / len(tasks))
+    assert shares == pytest.approx([0.9, 0.5], abs=0.03)
+    with pytest.raises(ValueError, match=r"temperature 0\.5"):
+        Tempered(lengths, 50, 0, 0.5)
+
+
+def test_nothing_to_draw_is_an_error():
+    with pytest.raises(ValueError, match="training data"):
+        Proportional([[], []], 4, 0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_collation_pads_to_the_longest_on_the_tokenizers_side(side: str):
+    tasks = tiny.tasks()
+    tokenizer = tiny.tokenizer()
+    tokenizer.padding_side = side
+    texts = Examples(["cat", "the dog is very good " * 9], ["cat", None])
+    corpus = Corpus.of(tasks, {"pet": texts, "mood": Examples(["bad"], ["bad"])}, tokenizer, 8)
+    batch = corpus.collate([(1, 0), (1, 1), (0, 0)])
+    expected = tokenizer([*texts.texts, "bad"], truncation=True, max_length=8, padding="longest", return_tensors="pt")
+    assert torch.equal(batch.inputs["input_ids"], expected["input_ids"])
+    assert torch.equal(batch.inputs["attention_mask"], expected["attention_mask"])
+    assert batch.task_ids.tolist() == [1, 1, 0]
+    assert batch.labels.tolist() == [0, MISSING, 0]
+
+
+def test_by_length_holds_everything_once_longest_first():
+    corpus = Corpus([[[1] * 3, [1] * 9], [[1] * 5]], [[0, 0], [0]], 0, False)
+    assert corpus.by_length(2) == [[(0, 1), (1, 0)], [(0, 0)]]
