@@ -23,7 +23,9 @@ METHODS: dict[str, Method] = {
     "more-released": MoRE(rank=6, alpha=6, scaling="released", contrastive=0, start="released"),
     "ase": ASE(num_experts=6, k=2, num_shared=1, rank=2, alpha=2),
     "ase-baseline": ASE(num_experts=6, k=3, num_shared=0, rank=2, alpha=2, gate="baseline"),
-    "ase-renormalised": ASE(num_experts=6, k=3, num_shared=0, rank=2, alpha=2, gate="renormalised", mutual_information=0),
+    "ase-renormalised": ASE(
+        num_experts=6, k=3, num_shared=0, rank=2, alpha=2, gate="renormalised", mutual_information=0
+    ),
     "ase-naive_shared": ASE(num_experts=6, k=2, num_shared=2, rank=2, alpha=2, gate="naive_shared"),
 }
 # What each method declares to be, written down by hand: the contract's rows follow from the layers' own declaration.
@@ -51,7 +53,12 @@ class Net(nn.Module):
 
 
 def adapted(
-    method: Method, *, trained: bool = True, checkpointed: bool = False, dtype: torch.dtype = torch.float32, seed: int = 1
+    method: Method,
+    *,
+    trained: bool = True,
+    checkpointed: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
 ) -> tuple[Net, Adapter]:
     """A seeded net under ``method``; ``trained`` moves every adapter weight off its start."""
     torch.manual_seed(seed)

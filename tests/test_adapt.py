@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from small import IDS, Net, inputs
 from torch import nn
 from torch.testing import assert_close
 
 from polyrank import Adapter, LoRA, MoORE, MoRE, adapt
 from polyrank.mixture import MixtureLinear
+from small import IDS, Net, inputs
 
 
 class Twice(nn.Module):
@@ -24,7 +24,9 @@ def test_targets_by_regex_suffix_and_all_linear():
             self.q_proj, self.k_proj = nn.Linear(4, 4), nn.Linear(4, 4)
 
     def model():
-        return nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()]), "lm_head": nn.Linear(4, 9), "norm": nn.LayerNorm(4)})
+        return nn.ModuleDict(
+            {"layers": nn.ModuleList([Block(), Block()]), "lm_head": nn.Linear(4, 9), "norm": nn.LayerNorm(4)}
+        )
 
     def chosen(targets, exclude=None):
         return list(adapt(model(), LoRA(), tasks=["a"], targets=targets, exclude=exclude).layers)
@@ -44,8 +46,8 @@ def test_targets_by_regex_suffix_and_all_linear():
         (Net(), ["q", "w"], "'w' is the end of no"),
         (Net(), "[", "no regular expression"),
         (nn.LayerNorm(3), "all-linear", "has none"),
-        (nn.ModuleDict({"a": nn.MultiheadAttention(4, 2)}), "all-linear", r"a\.out_proj cannot be adapted: nn.MultiheadAttention"),
-        (nn.ModuleDict({"l": nn.TransformerEncoderLayer(4, 2)}), ["linear1"], r"l\.linear1 cannot be adapted: .*set_fastpath_enabled"),
+        (nn.ModuleDict({"a": nn.MultiheadAttention(4, 2)}), "all-linear", r"a\.out_proj cannot .*MultiheadAttention"),
+        (nn.ModuleDict({"l": nn.TransformerEncoderLayer(4, 2)}), ["linear1"], r"l\.linear1 .*set_fastpath_enabled"),
         (Twice(), "all-linear", "same module as"),
     ],
 )  # fmt: skip
@@ -57,7 +59,9 @@ def test_what_cannot_work_is_refused_by_name(model, targets, message):
     assert [p.requires_grad for p in model.parameters()] == before
 
 
-@pytest.mark.parametrize("tasks", [[], ["a", "a"], ["a", "A"], ["a.b"], ["../up"], [""], ["x" * 101], ["con"], ["a\u202eb"]])
+@pytest.mark.parametrize(
+    "tasks", [[], ["a", "a"], ["a", "A"], ["a.b"], ["../up"], [""], ["x" * 101], ["con"], ["a\u202eb"]]
+)
 def test_bad_task_names_are_refused(tasks):
     net = Net()
     with pytest.raises(ValueError, match="task"):
@@ -99,7 +103,7 @@ def test_task_ids_are_checked():
     ]:
         with pytest.raises(error, match="task_ids"):
             net(x, task_ids=ids)
-    with pytest.raises(ValueError, match="unknown task 'd'.*a, b, c"), adapter.on("d"):
+    with pytest.raises(ValueError, match=r"unknown task 'd'.*a, b, c"), adapter.on("d"):
         pass
     assert_close(net(x, task_ids=IDS), net(x, task_ids=IDS))
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import save_file
-from small import IDS, METHODS, TASKS, Net, adapted, inputs
 
 from polyrank import Adapter, LoRA, MoORE, adapt
 from polyrank.files import read_folder, write_folder
+from small import IDS, METHODS, TASKS, Net, adapted, inputs
 
 
 @pytest.fixture
@@ -57,7 +57,11 @@ def test_any_damage_is_refused(saved, place, bit, kind):
     path = saved / "adapter.safetensors"
     whole = path.read_bytes()
     at = int(place * len(whole))
-    damaged = {"flip": whole[:at] + bytes([whole[at] ^ (1 << bit)]) + whole[at + 1 :], "cut": whole[:at], "append": whole + b"x"}[kind]
+    damaged = {
+        "flip": whole[:at] + bytes([whole[at] ^ (1 << bit)]) + whole[at + 1 :],
+        "cut": whole[:at],
+        "append": whole + b"x",
+    }[kind]
     path.write_bytes(damaged)
     try:
         net = fresh()
@@ -101,7 +105,15 @@ def test_what_does_not_fit_is_refused_by_name(saved, change, message):
 
 
 @pytest.mark.parametrize(
-    "text", ['{"schema": 99, "files": {}}', "{", "[]", '{"files": {}, "files": {}}', '{"schema": 1, "files": {}, "x": NaN}', "[" * 100_000]
+    "text",
+    [
+        '{"schema": 99, "files": {}}',
+        "{",
+        "[]",
+        '{"files": {}, "files": {}}',
+        '{"schema": 1, "files": {}, "x": NaN}',
+        "[" * 100_000,
+    ],
 )
 def test_a_manifest_that_is_none_is_refused(saved, text):
     (saved / "manifest.json").write_text(text)
@@ -120,7 +132,7 @@ def test_files_outside_the_folder_are_never_read(saved):
 
 def test_another_base_is_refused(saved):
     torch.manual_seed(2)
-    with pytest.raises(ValueError, match="another base model: q.weight has other values"):
+    with pytest.raises(ValueError, match=r"another base model: q\.weight has other values"):
         Adapter.load(saved, Net())
     half = fresh().bfloat16()
     Adapter.load(saved, half)  # the same base in another precision is the same base
@@ -141,7 +153,7 @@ def test_nan_is_not_written_and_what_was_there_stays(saved):
 
 
 def test_saving_again_replaces_and_a_failed_rename_loses_nothing(saved, monkeypatch):
-    net, adapter = adapted(METHODS["more"], seed=1)
+    _, adapter = adapted(METHODS["more"], seed=1)
     adapter.save(saved)
     before = (saved / "adapter.safetensors").read_bytes()
     from pathlib import Path

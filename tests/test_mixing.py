@@ -53,18 +53,25 @@ def test_seeds_and_epochs_differ():
     assert sampler.batch(0) != Proportional(lengths, 10, 1).batch(0)
 
 
-def test_length_grouping_nearly_removes_padding():
+def padding(lengths, window: int, parts: int) -> float:
+    sampler = Proportional(lengths, 32, 0, window)
+    slices = [sampler.batch(step, part, parts) for step in range(sampler.steps_per_epoch) for part in range(parts)]
+    sizes = [[lengths[t][i] for t, i in picks] for picks in slices]
+    return 1 - sum(map(sum, sizes)) / sum(max(size) * len(size) for size in sizes)
+
+
+def test_parts_of_similar_length_save_padding_and_a_window_saves_more():
     rng = torch.Generator().manual_seed(0)
     lengths = [torch.randint(4, 65, (2000,), generator=rng).tolist()]
+    assert padding(lengths, 1, 1) > 0.4
+    assert padding(lengths, 1, 4) < 0.22
+    assert padding(lengths, 16, 1) < 0.06
 
-    def waste(window: int) -> float:
-        sampler = Proportional(lengths, 32, 0, window)
-        batches = [[lengths[t][i] for t, i in sampler.batch(step)] for step in range(sampler.steps_per_epoch)]
-        padded = sum(max(batch) * len(batch) for batch in batches)
-        return 1 - sum(map(sum, batches)) / padded
 
-    assert waste(1) > 0.4
-    assert waste(16) < 0.06
+def test_a_step_mixes_tasks_of_different_lengths():
+    sampler = Proportional([[60] * 500, [10] * 500], 32, 0)
+    for step in range(20):
+        assert 4 < sum(t for t, _ in sampler.batch(step)) < 28
 
 
 def test_temperature_turns_proportional_into_uniform():

@@ -9,7 +9,9 @@ from polyrank.mixture import MixtureLinear
 
 
 def test_public_names():
-    names = {name for name in vars(polyrank) if not name.startswith("_") and not inspect.ismodule(getattr(polyrank, name))}
+    names = {
+        name for name in vars(polyrank) if not name.startswith("_") and not inspect.ismodule(getattr(polyrank, name))
+    }
     assert names == {"ASE", "METHODS", "Adapter", "LoRA", "Method", "MoORE", "MoORETopK", "MoRE", "adapt"}
 
 
@@ -19,11 +21,19 @@ def test_methods_by_name():
 
 def test_the_arguments_of_the_adapted_layer():
     """The core does not grow flags: a variant is another class."""
-    assert list(inspect.signature(MixtureLinear.__init__).parameters) == ["self", "base", "experts", "router", "gate", "scale"]
+    assert list(inspect.signature(MixtureLinear.__init__).parameters) == [
+        "self",
+        "base",
+        "experts",
+        "router",
+        "gate",
+        "scale",
+    ]
 
 
 def test_import_brings_torch_and_little_else():
     """No transformers, no training, no command line on `import polyrank`."""
-    program = "import sys, polyrank; print([m for m in ('transformers', 'accelerate', 'torchmetrics', 'typer', 'yaml') if m in sys.modules])"
+    heavy = ("transformers", "accelerate", "torchmetrics", "typer", "yaml")
+    program = f"import sys, polyrank; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

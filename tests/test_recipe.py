@@ -58,6 +58,7 @@ def test_round_trip_is_exact_and_complete(tmp_path: Path):
         ({"method": {}}, r"method: .*name"),
         ({"tasks": []}, r"tasks: .*at least 1"),
         ({"tasks": ["r8", "r8"]}, "clash"),
+        ({"training": {"task_weights": {"r8": 1.0}}}, r"task_weights names \['r8'\], the tasks are \['mood', 'r8'\]"),
         ({"tasks": ["a/b"]}, "task name 'a/b'"),
         ({"tasks": [{"name": "x"}]}, r"tasks\.0: give either 'data'"),
         ({"tasks": [{"name": "x", "train": "a.csv"}]}, "both 'train' and 'test'"),
@@ -116,6 +117,13 @@ def test_the_shipped_quickstart_recipe_serves_every_method(method: str, tmp_path
     assert recipe.method["name"] == method
     assert (recipe.training.steps, recipe.training.seed, recipe.out) == (7, 3, str(tmp_path))
     assert [task.name for task in recipe.tasks] == ["newsgroups", "r8", "tweets", "sarcasm", "movies", "nyt"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_the_recipes_beside_the_package_are_valid(path: Path):
+    assert read_recipe(path).build_method()
 
 
 @pytest.fixture

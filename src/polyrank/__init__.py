@@ -1,7 +1,7 @@
 """Polyrank: adapt one frozen pretrained model to many tasks with a mixture of low-rank experts.
 
-    adapter = polyrank.adapt(model, polyrank.MoRE(rank=8), tasks=["news", "mood"], targets="all-linear")
-    logits = model(**batch, task_ids=task_ids)
+adapter = polyrank.adapt(model, polyrank.MoRE(rank=8), tasks=["news", "mood"], targets="all-linear")
+logits = model(**batch, task_ids=task_ids)
 """
 
 from importlib.metadata import version as _version

@@ -21,7 +21,13 @@ class Adapter:
     """The handle of an adapted model: its tasks, its layers, its files. The model stays the object it was."""
 
     def __init__(
-        self, model: nn.Module, method: Method, context: RouteContext, layers: dict[str, Mixture], base: Fingerprint, trained: set[str]
+        self,
+        model: nn.Module,
+        method: Method,
+        context: RouteContext,
+        layers: dict[str, Mixture],
+        base: Fingerprint,
+        trained: set[str],
     ) -> None:
         self.model, self.method, self.context, self.layers = model, method, context, layers
         self.base_fingerprint = base
@@ -48,7 +54,9 @@ class Adapter:
             raise ValueError(f"unknown task {unknown[0]!r}; the adapter's tasks are: {', '.join(self.tasks)}")
         return torch.tensor([self.tasks.index(name) for name in names])
 
-    def on(self, tasks: str | Sequence[str] | Tensor, attention_mask: Tensor | None = None) -> AbstractContextManager[None]:
+    def on(
+        self, tasks: str | Sequence[str] | Tensor, attention_mask: Tensor | None = None
+    ) -> AbstractContextManager[None]:
         """Fix the task of every call inside a ``with`` block: one name for all samples, or one name or id for each.
 
         It also serves calls that bypass the model's own forward, as when T5's ``generate`` runs the encoder.
@@ -69,7 +77,7 @@ class Adapter:
                     yield f"{name}.{key}", p
 
     def losses(self) -> dict[str, Tensor]:
-        """The method's auxiliary losses of the last forward, weighted scalars by name; call it before the next forward."""
+        """The method's auxiliary losses of the last forward, weighted scalars by name; call it before the next."""
         notes, self.context.notes = self.context.notes, {}
         return self.method.losses(notes)
 
@@ -95,8 +103,8 @@ class Adapter:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
         except (AttributeError, ValueError) as error:
             raise TypeError(
-                f"{type(model).__name__} has no activation checkpointing of its own: use torch.utils.checkpoint.checkpoint(..., "
-                "use_reentrant=False, context_fn=adapter.context.replay) in its forward"
+                f"{type(model).__name__} has no activation checkpointing of its own: use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=adapter.context.replay) in forward"
             ) from error
 
     # Files.
@@ -116,7 +124,9 @@ class Adapter:
         for name in own.keys() - state.keys():
             raise ValueError(f"the adapter's weights lack {name}: they belong to another method, target or version")
         for name in state.keys() - own.keys():
-            raise ValueError(f"the adapter's weights have {name}, which this adapter does not: another method, target or version")
+            raise ValueError(
+                f"the adapter's weights have {name}, which this adapter does not: another method, target or version"
+            )
         for name, tensor in state.items():
             if tensor.shape != own[name].shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, this adapter needs {tuple(own[name].shape)}")
@@ -131,7 +141,10 @@ class Adapter:
                 another machine need not find the same ones.
         """
         frozen = self._frozen()
-        tensors = {"adapter": self.state_dict(), "frozen": frozen if with_factors else {k: _projection(v) for k, v in frozen.items()}}
+        tensors = {
+            "adapter": self.state_dict(),
+            "frozen": frozen if with_factors else {k: _projection(v) for k, v in frozen.items()},
+        }
         manifest = {
             "polyrank": "adapter",
             "method": {"name": _method_name(self.method), **asdict(self.method)},  # type: ignore[call-overload]
@@ -155,11 +168,15 @@ class Adapter:
         """
         tensors, manifest = read_folder(folder)
         if manifest.get("polyrank") != "adapter":
-            raise ValueError(f"{folder} holds no adapter: give the folder that adapter.save() wrote (for a run: RUN/adapter)")
+            raise ValueError(
+                f"{folder} holds no adapter: give the folder that adapter.save() wrote (for a run: RUN/adapter)"
+            )
         wrong = difference(manifest["base"], fingerprint(dict(model.named_parameters())))
         if wrong is not None:
             raise ValueError(f"{folder} was trained on another base model: {wrong}; load the base it was trained on")
-        adapter = adapt(model, method or _method(manifest["method"]), tasks=manifest["tasks"], targets=_exactly(manifest["layers"]))
+        adapter = adapt(
+            model, method or _method(manifest["method"]), tasks=manifest["tasks"], targets=_exactly(manifest["layers"])
+        )
         try:
             adapter.load_state_dict(tensors["adapter"])
             adapter._load_frozen(tensors["frozen"], manifest["with_factors"], folder)
@@ -181,21 +198,24 @@ class Adapter:
         for name, buffer in self._frozen().items():
             here, there = (buffer if whole else _projection(buffer)), saved[name].to(buffer.device)
             if here.shape != there.shape:
-                raise ValueError(f"{folder}: {name} has shape {tuple(there.shape)}, this base gives {tuple(here.shape)}")
+                raise ValueError(
+                    f"{folder}: {name} has shape {tuple(there.shape)}, this base gives {tuple(here.shape)}"
+                )
             if whole:
                 buffer.copy_(there)
             elif float((here - there).abs().max()) > 0.01 * float(there.abs().max()):
                 raise ValueError(
-                    f"{folder}: {name} comes out differently on this machine (near-equal singular values may swap), and the "
-                    "adapter's rows belong to the saved ones: save it with adapter.save(folder, with_factors=True) where it was trained"
+                    f"{folder}: {name} comes out differently on this machine (near-equal singular values may swap), "
+                    "and the adapter's rows belong to the saved ones: where it was trained, save it with "
+                    "adapter.save(folder, with_factors=True)"
                 )
 
     # Leaving.
 
     def release_base(self, folder: str | Path) -> None:
-        """Move the adapted layers' frozen weights to ``folder`` and free their memory; ``remove`` reads them back bit for bit.
+        """Move the adapted layers' frozen weights to ``folder`` and free their memory.
 
-        Only for methods whose layers stand for their base (MoORE).
+        ``remove`` reads them back bit for bit. Only for methods whose layers stand for their base (MoORE).
 
         Raises:
             ValueError: a layer computes with its base's weight.
@@ -203,7 +223,9 @@ class Adapter:
         for name, layer in self.layers.items():
             if not layer.stands_for_base:
                 raise ValueError(f"{name} needs its base weight in every forward: only MoORE's layers stand for it")
-        write_folder(folder, {"weights": {name: layer.weight for name, layer in self.layers.items()}}, {"polyrank": "weights"})
+        write_folder(
+            folder, {"weights": {name: layer.weight for name, layer in self.layers.items()}}, {"polyrank": "weights"}
+        )
         self._released = Path(folder)
         for layer in self.layers.values():
             empty = torch.empty_like(layer.weight, device="meta")
@@ -245,7 +267,9 @@ class Adapter:
             weight = layer.task_weight(index)
             own = layer.weight
             weight = weight.t() if weight.shape != own.shape or not isinstance(layer.base, nn.Linear) else weight
-            layer.base.register_parameter("weight", nn.Parameter(weight.to(own.dtype).contiguous(), requires_grad=False))
+            layer.base.register_parameter(
+                "weight", nn.Parameter(weight.to(own.dtype).contiguous(), requires_grad=False)
+            )
         return self.remove()
 
     def summary(self) -> Summary:
@@ -274,7 +298,9 @@ def adapt(
     """
     names = [checked_name(task, "task") for task in tasks]
     if not names or len({name.lower() for name in names}) != len(names):
-        raise ValueError(f"tasks must be one or more different names (upper and lower case count as the same), got {names}")
+        raise ValueError(
+            f"tasks must be one or more different names (upper and lower case count as the same), got {names}"
+        )
     sites = target_names.find(model, targets, exclude)
     base = fingerprint(dict(model.named_parameters()))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -315,5 +341,8 @@ def _method_name(method: Method) -> str:
 def _method(fields: dict[str, Any]) -> Method:
     name, rest = fields["name"], {key: value for key, value in fields.items() if key != "name"}
     if name not in METHODS:
-        raise ValueError(f"the adapter's method {name!r} does not come with polyrank: pass it, Adapter.load(folder, model, method=...)")
+        raise ValueError(
+            f"the adapter's method {name!r} does not come with polyrank: pass it, "
+            "Adapter.load(folder, model, method=...)"
+        )
     return METHODS[name](**rest)

@@ -30,7 +30,7 @@ def score(model: MultiTaskModel, corpus: Corpus, *, batch_size: int = 64, progre
             if name in metrics:
                 metrics[name].update(answer.logits.argmax(-1), batch.labels[answer.rows])
     model.train(training)
-    return {name: float(metric.compute()) for name, metric in metrics.items()}
+    return {name: round(float(metric.compute()), 6) for name, metric in metrics.items()}
 
 
 def evaluate(

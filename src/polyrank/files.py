@@ -29,11 +29,12 @@ def checked_name(name: str, what: str) -> str:
     """``name`` if it can safely be part of a file name, a parameter name and an address.
 
     Raises:
-        ValueError: empty, longer than 100 characters, other characters than letters, digits, ``_`` and ``-``, or reserved.
+        ValueError: empty, over 100 characters, others than letters, digits, ``_`` and ``-``, or reserved.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name) or name.lower() in _RESERVED:
         raise ValueError(
-            f"{what} name {name[:120]!r} cannot be used: take 1 to 100 letters, digits, '_' or '-', beginning with a letter or digit"
+            f"{what} name {name[:120]!r} cannot be used: take 1 to 100 letters, digits, '_' or '-', beginning with a "
+            "letter or digit"
         )
     return name
 
@@ -57,7 +58,10 @@ def write_folder(path: str | Path, tensors: Mapping[str, Mapping[str, Tensor]], 
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
-        sums = {f"{file}.safetensors": _write_tensors(aside / f"{file}.safetensors", group) for file, group in tensors.items()}
+        sums = {
+            f"{file}.safetensors": _write_tensors(aside / f"{file}.safetensors", group)
+            for file, group in tensors.items()
+        }
         text = json.dumps({"schema": SCHEMA, **manifest, "files": sums}, indent=1, allow_nan=False)
         _write_bytes(aside / MANIFEST, text.encode())
         aside.chmod(0o755)
@@ -82,10 +86,14 @@ def read_folder(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     for file, digest in manifest["files"].items():
         name = checked_name(file.removesuffix(".safetensors"), "file")
         if not (path / file).is_file() or (path / file).is_symlink():
-            raise ValueError(f"{path / file} is missing or a link: the folder is incomplete; copy it again from where it was saved")
+            raise ValueError(
+                f"{path / file} is missing or a link: the folder is incomplete; copy it again from where it was saved"
+            )
         data = (path / file).read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
-            raise ValueError(f"{path / file} is not the file that was saved (SHA-256 differs): copy it again from where it was saved")
+            raise ValueError(
+                f"{path / file} is not the file that was saved (SHA-256 differs): copy it again from where it was saved"
+            )
         try:
             tensors[name] = safetensors.torch.load(data)
         except SafetensorError as error:
@@ -118,7 +126,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _refuse_non_finite(file: str, group: Mapping[str, Tensor], cure: str) -> None:
     for name, tensor in group.items():
-        if tensor.is_floating_point() and not math.isfinite(float(tensor.detach().double().abs().max() if tensor.numel() else 0.0)):
+        if tensor.is_floating_point() and not math.isfinite(
+            float(tensor.detach().double().abs().max() if tensor.numel() else 0.0)
+        ):
             raise ValueError(f"{file}: {name} has NaN or infinite values; {cure}")
 
 

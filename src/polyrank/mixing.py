@@ -3,8 +3,9 @@
 The sample drawn at step n is a pure function of (seed, n): resuming is one integer, and the parts of a step (processes,
 micro-batches) are disjoint slices of the same list, so that splitting a step differently changes no arithmetic.
 
-Short texts waste padding beside long ones, so examples are sorted by length within a window of a few batches, cut into
-batches, and the batches shuffled: order stays random over the window, padding nearly vanishes.
+Short texts waste padding beside long ones, so a step is sorted by length before it is cut into parts. Sorting over a
+window of several steps saves more padding, but where tasks differ in length it makes every step nearly one task's:
+the window is 1 unless told.
 """
 
 import bisect
@@ -34,13 +35,13 @@ class Sampler(Protocol):
 def _slice(batch: list[Pick], part: int, parts: int) -> list[Pick]:
     if not 0 <= part < parts:
         raise ValueError(f"part {part} of {parts}: parts are counted from 0")
-    return batch[part::parts]  # strided: each part gets short and long texts alike
+    return batch[part * len(batch) // parts : (part + 1) * len(batch) // parts]
 
 
 def _cut(
     picks: list[Pick], bounds: Sequence[int], lengths: Sequence[Sequence[int]], rng: random.Random
 ) -> list[list[Pick]]:
-    """One window: sorted by length, cut at the bounds, its batches shuffled; each batch begins with its longest."""
+    """One window: sorted by length, cut into batches at the bounds, and the batches shuffled."""
     picks = sorted(picks, key=lambda pick: -lengths[pick[0]][pick[1]])  # stable: ties keep the random order
     batches = [picks[a:b] for a, b in itertools.pairwise(bounds)]
     rng.shuffle(batches)
@@ -53,7 +54,7 @@ class Proportional:
     An epoch is ceil(N / batch_size) batches whose sizes differ by at most one: no small last batch.
     """
 
-    def __init__(self, lengths: Sequence[Sequence[int]], batch_size: int, seed: int, window: int = 16) -> None:
+    def __init__(self, lengths: Sequence[Sequence[int]], batch_size: int, seed: int, window: int = 1) -> None:
         """lengths[t][i]: tokens of example i of task t; batch_size: examples of one whole step, over all processes."""
         _check(lengths, batch_size, window)
         self.lengths, self.batch_size, self.seed, self.window = lengths, batch_size, seed, window
@@ -86,7 +87,7 @@ class Tempered:
     """
 
     def __init__(
-        self, lengths: Sequence[Sequence[int]], batch_size: int, seed: int, temperature: float, window: int = 16
+        self, lengths: Sequence[Sequence[int]], batch_size: int, seed: int, temperature: float, window: int = 1
     ) -> None:
         _check(lengths, batch_size, window)
         if not temperature >= 1:

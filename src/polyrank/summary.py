@@ -41,11 +41,17 @@ class Summary:
 
 
 def summarise(model: nn.Module, method: Method, tasks: Sequence[str], layers: Mapping[str, Mixture]) -> Summary:
-    own = {id(p): p.numel() for layer in layers.values() for k, p in layer.named_parameters() if not k.startswith("base.")}
+    own = {
+        id(p): p.numel() for layer in layers.values() for k, p in layer.named_parameters() if not k.startswith("base.")
+    }
     if any(layer.reads_input for layer in layers.values()):
         merges = "no: the gate reads the input"
     else:
-        merges = "exactly, a weight for each task" if any(layer.reads_task for layer in layers.values()) else "exactly, one weight for all tasks"
+        merges = (
+            "exactly, a weight for each task"
+            if any(layer.reads_task for layer in layers.values())
+            else "exactly, one weight for all tasks"
+        )
     return Summary(
         method=method,
         tasks=tuple(tasks),

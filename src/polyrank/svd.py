@@ -31,7 +31,7 @@ class Factors:
         return Factors(self.u[:, :k], self.sigma[:k], self.vt[:k])
 
     def fingerprint(self) -> Tensor:
-        """(3, K): sigma and a fixed projection of u and of v. Swapped or turned directions show; rounding hardly does."""
+        """(3, K): sigma and a fixed projection of u and of v."""
         waves = [torch.cos(torch.arange(n, dtype=torch.float64) * 0.7 + 0.3) for n in (len(self.u), self.vt.shape[1])]
         u, vt = self.u.detach().double().cpu(), self.vt.detach().double().cpu()
         return torch.stack([self.sigma.detach().double().cpu(), waves[0] @ u, vt @ waves[1]]).float()
@@ -68,7 +68,9 @@ def factorise(weight: Tensor) -> Factors:
         ValueError: the weight has NaN or infinite entries.
     """
     if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"a weight of shape {tuple(weight.shape)} has NaN or infinite entries: it has no SVD; repair the checkpoint")
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} has NaN or infinite entries: it has no SVD; repair the checkpoint"
+        )
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     path = cache_folder() / f"{checksum(weight)}.safetensors" if min(weight.shape) >= SMALLEST_CACHED else None
     factors = _read(path) if path is not None else None
@@ -94,7 +96,9 @@ def _compute(weight: Tensor, dtype: torch.dtype) -> Factors:
     if tall is not w:
         u, v = v, u
     sign = v.gather(0, v.abs().argmax(0, keepdim=True)).sign()  # (1, K)
-    return Factors(*((u * sign).to(dtype).contiguous(), sigma.to(dtype).contiguous(), (v * sign).t().to(dtype).contiguous()))
+    return Factors(
+        *((u * sign).to(dtype).contiguous(), sigma.to(dtype).contiguous(), (v * sign).t().to(dtype).contiguous())
+    )
 
 
 def _read(path: Path) -> Factors | None:

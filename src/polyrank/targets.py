@@ -22,11 +22,13 @@ def find(model: nn.Module, targets: str | Sequence[str], exclude: str | None = N
         exclude: a regular expression; whole names that match are left out.
 
     Raises:
-        ValueError: nothing matches, a suffix matches nothing, or a layer that matches cannot be adapted, with the reason.
+        ValueError: nothing matches, a suffix matches nothing, or a layer cannot be adapted, with the reason.
     """
     if any(isinstance(module, Mixture) for module in model.modules()):
         raise ValueError("the model is adapted already: call adapter.remove() first, or adapt a fresh copy")
-    linear = {name: module for name, module in model.named_modules(remove_duplicate=False) if is_linear(module) and name}
+    linear = {
+        name: module for name, module in model.named_modules(remove_duplicate=False) if is_linear(module) and name
+    }
     chosen = _choose(linear, targets)
     if exclude is not None:
         pattern = _compiled(exclude)
@@ -77,7 +79,7 @@ def _obstacle(model: nn.Module, linear: dict[str, nn.Module], name: str, module:
     """Why the layer cannot be adapted, with the cure; None if it can."""
     twins = [other for other, twin in linear.items() if twin is module and other != name]
     if twins:
-        return f"it is the same module as {twins[0]}, and a reused module has no place of its own; leave it out with exclude="
+        return f"it is the same module as {twins[0]}, and a reused module has no place of its own; use exclude="
     if "." not in name:
         return None
     parent = model.get_submodule(name.rpartition(".")[0])

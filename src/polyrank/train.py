@@ -201,8 +201,9 @@ def micro_batches(
     sampler: Proportional, corpus: Corpus, step: int, accumulation: int, accelerator: Accelerator
 ) -> list[Batch]:
     """This process's share of a step; empty parts, in a step with fewer examples than parts, are left out."""
-    first, parts = accelerator.process_index * accumulation, accelerator.num_processes * accumulation
-    picks = [sampler.batch(step, part, parts) for part in range(first, first + accumulation)]
+    parts = accelerator.num_processes * accumulation
+    own = range(accelerator.process_index, parts, accelerator.num_processes)  # long and short texts for every process
+    picks = [sampler.batch(step, part, parts) for part in own]
     return [corpus.collate(part).to(accelerator.device) for part in picks if part]
 
 

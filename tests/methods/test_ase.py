@@ -3,12 +3,12 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from small import IDS, inputs
 from torch import nn
 from torch.testing import assert_close
 
 from polyrank import ASE, adapt
 from polyrank.mixture import JointTopK, NaiveShared, SoftmaxTopK, mutual_information
+from small import IDS, inputs
 
 
 @settings(deadline=None, max_examples=50)
@@ -17,7 +17,11 @@ def test_gates(k, shared, seed, tied):
     """Exactly k routed experts, ties included; ASE's active weights sum to 1, its baseline's to less."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.zeros(7, shared + 6) if tied else torch.randn(7, shared + 6, generator=generator)
-    joint, naive, baseline = JointTopK(k, shared)(logits), NaiveShared(k, shared)(logits), SoftmaxTopK(k)(logits[:, shared:])
+    joint, naive, baseline = (
+        JointTopK(k, shared)(logits),
+        NaiveShared(k, shared)(logits),
+        SoftmaxTopK(k)(logits[:, shared:]),
+    )
     for gate in (joint[:, shared:], naive[:, shared:], baseline):
         assert ((gate > 0).sum(-1) == k).all()
     assert_close(joint.sum(-1), torch.ones(7))

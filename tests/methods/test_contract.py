@@ -1,14 +1,14 @@
-"""The contract of every method. A method gets all of it by standing in ``small.METHODS``; rows follow its declaration."""
+"""The contract of every method: it gets all of it by standing in ``small.METHODS``; rows follow its declaration."""
 
 import copy
 
 import pytest
 import torch
-from small import FULL_RANK, IDS, METHODS, STATIC, TASKLESS, TASKS, Net, adapted, inputs, train_steps
 from torch.testing import assert_close
 
 import polyrank
 from polyrank import Adapter
+from small import FULL_RANK, IDS, METHODS, STATIC, TASKLESS, TASKS, Net, adapted, inputs, train_steps
 
 EVERY = sorted(METHODS)
 every = pytest.mark.parametrize("name", EVERY)
@@ -92,7 +92,7 @@ def test_leading_dimensions_are_free(name, shape):
 
 @every
 def test_non_contiguous_input(name):
-    net, adapter = adapted(METHODS[name])
+    net, _ = adapted(METHODS[name])
     x = inputs(5, 4, 16).transpose(0, 1)
     got = net(x, task_ids=IDS)
     assert not x.is_contiguous()
@@ -106,14 +106,14 @@ def test_mixed_batch_equals_one_batch_for_each_task(name):
     x = inputs(4, 5, 16)
     y = net(x, task_ids=IDS)
     for task in range(3):
-        own = IDS == task
+        own = task == IDS
         assert_close(net(x[own], task_ids=IDS[own]), y[own], atol=1e-5, rtol=1e-5)
 
 
 @every
 def test_ids_of_each_token(name):
     """A server flattens requests into one row. Pooling routers cannot tell the requests apart there."""
-    net, adapter = adapted(METHODS[name])
+    net, _ = adapted(METHODS[name])
     net.eval()
     x = inputs(4, 1, 16)
     alone = net(x, task_ids=IDS)
@@ -262,7 +262,7 @@ def test_compiles_whole(name):
 @every
 def test_autocast_gives_bf16_outputs_and_fp32_gradients(name):
     net, adapter = adapted(METHODS[name], dtype=torch.float32)
-    twin, exact = adapted(METHODS[name], dtype=torch.float64)
+    twin, _ = adapted(METHODS[name], dtype=torch.float64)
     x = inputs(4, 5, 16)
     with torch.autocast("cpu", torch.bfloat16):
         y = net(x, task_ids=IDS)
@@ -300,7 +300,7 @@ def test_repr_is_the_recipe(name):
 
 @every
 def test_summary_counts(name):
-    net, adapter = adapted(METHODS[name])
+    _, adapter = adapted(METHODS[name])
     summary = adapter.summary()
     assert summary.trainable_parameters == sum(p.numel() for p in adapter.parameters())
     assert summary.base_parameters == sum(p.numel() for p in Net().parameters())

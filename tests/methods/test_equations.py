@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from small import IDS, METHODS, inputs
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from polyrank import ASE, LoRA, MoORE, MoORETopK, MoRE, adapt
+from small import IDS, METHODS, inputs
 
 SHAPES = {"wide": (10, 14), "tall": (14, 10), "square": (12, 12)}
 
@@ -41,7 +41,12 @@ def moore_logits(method, p, prefix, x, sample, t):
 
 
 def naive_lora(method, p, weight, bias, x, ids):
-    y = torch.stack([weight @ t + bias + method.alpha / method.rank * (p["experts.lora_B"].t() @ (p["experts.lora_A"] @ t)) for t in x.flatten(0, 1)])
+    y = torch.stack(
+        [
+            weight @ t + bias + method.alpha / method.rank * (p["experts.lora_B"].t() @ (p["experts.lora_A"] @ t))
+            for t in x.flatten(0, 1)
+        ]
+    )
     return y.view(*x.shape[:2], -1), 0.0
 
 
@@ -161,7 +166,9 @@ def test_equals_the_equation(name, shape):
         for got, want in zip(here, naive, strict=True):
             assert_close(got, want, atol=1e-10, rtol=1e-10)
         optimizer.step()
-    assert (net(x, task_ids=IDS) - adapter.layers["0"].base(x)).abs().max() > 1e-3, "nothing was learnt: the test is empty"
+    assert (net(x, task_ids=IDS) - adapter.layers["0"].base(x)).abs().max() > 1e-3, (
+        "nothing was learnt: the test is empty"
+    )
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -185,9 +192,13 @@ def test_equals_the_equation_under_autocast(name):
     got = torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None]).double()
     layer = adapter.layers["0"]
     twin = {k.removeprefix("0."): p.detach().double().requires_grad_() for k, p in adapter.named_parameters()}
-    want, _ = NAIVE[type(method)](method, twin, layer.base.weight.detach().double(), layer.base.bias.detach().double(), x.double(), IDS)
+    want, _ = NAIVE[type(method)](
+        method, twin, layer.base.weight.detach().double(), layer.base.bias.detach().double(), x.double(), IDS
+    )
     (want - target.double()).square().mean().backward()
-    wanted = torch.cat([twin[k.removeprefix("0.")].grad.flatten() for k, p in adapter.named_parameters() if p.grad is not None])
+    wanted = torch.cat(
+        [twin[k.removeprefix("0.")].grad.flatten() for k, p in adapter.named_parameters() if p.grad is not None]
+    )
     assert y.dtype == torch.bfloat16
     assert (y.double() - want).norm() / want.norm() < 4 * 2**-8
     if not any(part in name for part in ("ase",)):  # a near-tie may choose another expert: its gradient goes elsewhere

@@ -8,7 +8,12 @@ from torch.testing import assert_close
 from polyrank import LoRA, MoORE, MoORETopK, adapt
 from polyrank.svd import expert_gram, factorise, outside_range
 
-WEIGHTS = {"wide": (10, 18, 10), "tall": (18, 10, 10), "rank-deficient": (16, 16, 5), "tall rank-deficient": (20, 12, 4)}
+WEIGHTS = {
+    "wide": (10, 18, 10),
+    "tall": (18, 10, 10),
+    "rank-deficient": (16, 16, 5),
+    "tall rank-deficient": (20, 12, 4),
+}
 
 
 def trained(method, kind, steps=5):
@@ -17,7 +22,9 @@ def trained(method, kind, steps=5):
     out_features, in_features, rank = WEIGHTS[kind]
     base = nn.Linear(in_features, out_features, dtype=torch.float64)
     with torch.no_grad():
-        base.weight.copy_(torch.randn(out_features, rank).double() @ torch.randn(rank, in_features).double() / rank**0.5)
+        base.weight.copy_(
+            torch.randn(out_features, rank).double() @ torch.randn(rank, in_features).double() / rank**0.5
+        )
     net = nn.Sequential(base)
     adapter = adapt(net, method, tasks=["a", "b"], targets="0")
     optimizer = torch.optim.SGD(adapter.parameters(), 0.02)
@@ -38,7 +45,7 @@ def change(net, layer, task):
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_experts_stay_orthonormal(kind):
-    net, layer = trained(MoORE(num_reflections=4, router="task"), kind)
+    _, layer = trained(MoORE(num_reflections=4, router="task"), kind)
     moved = layer.reflections.vectors.detach()
     assert (moved[0] - moved[1]).abs().max() > 1e-4, "the reflections did not move: the test is empty"
     p = layer.reflections.matrix().detach()
@@ -48,7 +55,11 @@ def test_experts_stay_orthonormal(kind):
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("method", [MoORE(num_reflections=4, router="task"), MoORETopK(k=3, num_reflections=4, router="task")], ids=["full", "topk"])
+@pytest.mark.parametrize(
+    "method",
+    [MoORE(num_reflections=4, router="task"), MoORETopK(k=3, num_reflections=4, router="task")],
+    ids=["full", "topk"],
+)
 def test_the_change_stays_inside_the_range_of_the_weight(method, kind):
     net, layer = trained(method, kind)
     for task in range(2):
@@ -60,7 +71,10 @@ def test_the_change_stays_inside_the_range_of_the_weight(method, kind):
 
 def test_lora_and_the_released_form_leave_the_range():
     """So the test above can fail: LoRA on a tall weight, and relu(sigma + ...) that opens null directions."""
-    for method, kind in [(LoRA(rank=4), "tall"), (MoORE(num_reflections=4, router="task", null_directions="released"), "rank-deficient")]:
+    for method, kind in [
+        (LoRA(rank=4), "tall"),
+        (MoORE(num_reflections=4, router="task", null_directions="released"), "rank-deficient"),
+    ]:
         net, layer = trained(method, kind)
         assert outside_range(layer.base.weight, change(net, layer, 0)) > 0.01
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from small import IDS, inputs
 from torch import nn
 from torch.testing import assert_close
 
 from polyrank import MoRE, adapt
 from polyrank.methods import selected_ranks
+from small import IDS, inputs
 
 STEPS, RANK, WIDTH, RATE = 400, 8, 24, 1e-2
 

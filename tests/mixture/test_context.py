@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small import METHODS, adapted, inputs
 from torch.testing import assert_close
 
 from polyrank.mixture import Route, RouteContext, Site
+from small import METHODS, adapted, inputs
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,9 @@ def test_ids_broadcast(ids, shape, want):
     assert Route(task_ids=torch.tensor(ids)).ids(torch.empty(shape)).tolist() == want
 
 
-@pytest.mark.parametrize(("ids", "shape"), [([0, 1], (3, 5, 2)), ([0, 1], (1, 5, 2)), ([[0, 1]], (1, 3, 2)), ([0], (7,))])
+@pytest.mark.parametrize(
+    ("ids", "shape"), [([0, 1], (3, 5, 2)), ([0, 1], (1, 5, 2)), ([[0, 1]], (1, 3, 2)), ([0], (7,))]
+)
 def test_sizes_that_do_not_fit_are_errors(ids, shape):
     with pytest.raises(ValueError, match="task_ids"):
         Route(task_ids=torch.tensor(ids)).ids(torch.empty(shape))

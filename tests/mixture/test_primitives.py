@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from small import inputs
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from polyrank.mixture import base_shrink, expand_
+from small import inputs
 
 SHAPES = [(6,), (2, 3, 6), (2, 3, 2, 6)]
 
@@ -15,7 +15,13 @@ def operands(shape, dtype=torch.float64, bias=True):
     """x, W (5, 6), b (5), A (4, 6), B (3, 5); x, A and B with gradients."""
     x, a, b = inputs(*shape, dtype=dtype), inputs(4, 6, seed=1, dtype=dtype), inputs(3, 5, seed=2, dtype=dtype)
     weight = inputs(5, 6, seed=4, dtype=dtype)
-    return x.requires_grad_(), weight, inputs(5, seed=5, dtype=dtype) if bias else None, a.requires_grad_(), b.requires_grad_()
+    return (
+        x.requires_grad_(),
+        weight,
+        inputs(5, seed=5, dtype=dtype) if bias else None,
+        a.requires_grad_(),
+        b.requires_grad_(),
+    )
 
 
 def fast(x, weight, bias, a, b):

@@ -14,10 +14,10 @@ TopK(z, k - S); its table and ablations count as here. There is no released code
 - "baseline": the paper's LoRA-MoE, softmax over all, then top-k: active gates sum to less than 1 (num_shared = 0).
 - "naive_shared": the baseline, and shared experts with gate 1.
 
-Choices where the paper is silent: A and the routers as nn.Linear's default, B zero; alpha = r (no scaling is mentioned);
-the mutual information is over the routed experts, on softmax(z), padding left out. Deviations: experts bracket each adapted
-linear layer, where the paper has them beside a whole feed-forward network; the task embedding added to the image
-is the dense model's part.
+Choices where the paper is silent: A and the routers as nn.Linear's default, B zero; alpha = r (no scaling is
+mentioned); the mutual information is over the routed experts, on softmax(z), padding left out. Deviations: experts
+bracket each adapted linear layer, where the paper has them beside a whole feed-forward network; the task embedding
+added to the image is the dense model's part.
 """
 
 from collections.abc import Mapping, Sequence
@@ -70,7 +70,9 @@ class PerTaskRouter(Router):
         if ids.numel() > 1 and ids.shape == x.shape[:-1] and x.ndim > 2:  # one task per token
             every = F.linear(x, self.weights.flatten(0, 1).to(x.dtype)).unflatten(-1, self.weights.shape[:2])
             return every.gather(-2, ids[..., None, None].expand(*ids.shape, 1, every.shape[-1])).squeeze(-2)
-        weights = F.embedding(ids.reshape(-1), self.weights.flatten(1)).unflatten(-1, self.weights.shape[1:])  # (B, E, I)
+        weights = F.embedding(ids.reshape(-1), self.weights.flatten(1)).unflatten(
+            -1, self.weights.shape[1:]
+        )  # (B, E, I)
         rows = x.reshape(len(x), -1, x.shape[-1])
         logits = torch.bmm(rows, weights.to(x.dtype).transpose(1, 2)).view(*x.shape[:-1], -1)
         if self.training and site.listens:
@@ -79,7 +81,9 @@ class PerTaskRouter(Router):
 
     def _joint(self, logits: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Softmax mass of the routed experts by task, summed over the tokens: (T, E - S)."""
-        p = F.softmax(logits[..., self.num_shared :].to(self.weights.dtype), -1).reshape(len(ids), -1, logits.shape[-1] - self.num_shared)
+        p = F.softmax(logits[..., self.num_shared :].to(self.weights.dtype), -1).reshape(
+            len(ids), -1, logits.shape[-1] - self.num_shared
+        )
         if mask is not None:
             p = p * mask.reshape(len(ids), -1, 1).to(p.dtype)
         return p.new_zeros(len(self.weights), p.shape[-1]).index_add(0, ids, p.sum(1))
@@ -101,9 +105,15 @@ class ASE(Method):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.k > self.num_experts - self.num_shared:
-            raise ValueError(f"k={self.k} of {self.num_experts - self.num_shared} routed experts: lower k or num_shared, or add experts")
+            raise ValueError(
+                f"k={self.k} of {self.num_experts - self.num_shared} routed experts: lower k or num_shared, or add "
+                "experts"
+            )
         if (self.num_shared > 0) != (self.gate in ("joint", "naive_shared")):
-            raise ValueError(f"gate={self.gate!r} with num_shared={self.num_shared}: 'joint' and 'naive_shared' need shared experts, the others have none")
+            raise ValueError(
+                f"gate={self.gate!r} with num_shared={self.num_shared}: 'joint' and 'naive_shared' need shared "
+                "experts, the others have none"
+            )
         return self
 
     def finer(self, factor: int) -> "ASE":

@@ -1,4 +1,4 @@
-"""A method is a frozen dataclass of its paper's hyper-parameters, and how it builds its layers. The dataclass is the configuration."""
+"""A method is a frozen dataclass of its paper's hyper-parameters, the configuration, and how it builds its layers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

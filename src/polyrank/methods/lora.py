@@ -22,6 +22,8 @@ class LoRA(Method):
 
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
         return {
-            name: MixtureLinear(base, experts=LoRAExperts(base, num_experts=1, rank=self.rank), scale=self.alpha / self.rank)
+            name: MixtureLinear(
+                base, experts=LoRAExperts(base, num_experts=1, rank=self.rank), scale=self.alpha / self.rank
+            )
             for name, base in sites.items()
         }

@@ -1,4 +1,6 @@
-"""MoORE: SVD-based Model MoE-ization for Conflict- and Oblivion-Resistant Multi-Task Adaptation (Yuan et al., NeurIPS 2025).
+"""MoORE: SVD-based Model MoE-ization for Conflict- and Oblivion-Resistant Multi-Task Adaptation.
+
+Yuan et al., NeurIPS 2025.
 
 https://arxiv.org/abs/2506.14436        W = U diag(sigma) V',  thin SVD;  the experts are the rank-one u_d v_d'
 
@@ -104,8 +106,8 @@ class SingularLinear(Mixture):
 
     def task_lora(self, task: int) -> tuple[Tensor, Tensor]:
         raise ValueError(
-            f"{self.site.name}: MoORE changes every singular direction, so its delta has full rank and is no LoRA; merge "
-            "the task into a dense weight, or train MoORETopK with router='task', whose delta has rank k + L"
+            f"{self.site.name}: MoORE changes every singular direction, so its delta has full rank and is no LoRA; "
+            "merge the task into a dense weight, or train MoORETopK with router='task', whose delta has rank k + L"
         )
 
     def active_parameters(self) -> int:

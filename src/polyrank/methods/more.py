@@ -4,7 +4,8 @@ https://arxiv.org/abs/2505.22694
 
     y = W x + b + (alpha / R) pi_t sum_{i <= r_t} s_i b_i a_i'x,    p_t = softmax(W_g e_t + b_g),  r_t = argmax p_t
     pi_t = p_t[r_t] - sg(p_t[r_t]) + 1    (straight-through on the chosen probability only),    s_i = i / R
-    loss += lambda * mean over layers, samples of -log softmax_k(cos(h, e_k) / tau)[t],  h the masked mean of the layer's input
+    loss += lambda * mean over layers and samples of -log softmax_k(cos(h, e_k) / tau)[t]
+            h the masked mean of the layer's input
 
 One LoRA pair trained by all tasks; expert i is its prefix of rank i. The gate is a constant of (layer, task), so each
 task merges exactly. Mixed-task batches run in one pass by a prefix mask.
@@ -13,9 +14,9 @@ Deviations from the released code, with the reason:
 - The selector is live: every released version freezes it at its random start (its training branch is never reached).
 - The contrastive term covers all adapted layers (theirs counts the encoder twice and drops the decoder), and h is the
   masked mean; ``pooling="first"`` is the released token 0.
-- Every task starts at the full rank: b_g rises with i (``start="full"``). A closed row sends no gradient to the selector,
-  so a chosen-only straight-through can shrink a rank that conflicts but never see that more would help: from the
-  released random start (``"released"``) ranks change as often away from the need as towards it.
+- Every task starts at the full rank: b_g rises with i (``start="full"``). A closed row sends no gradient to the
+  selector, so a chosen-only straight-through can shrink a rank that conflicts but never see that more would help: from
+  the released random start (``"released"``) ranks change as often away from the need as towards it.
 - s_i on one factor, as the paper's "linear scaling"; ``scaling="released"`` puts i/R on both, ``"none"`` on neither.
 - Task and rank counts are free (theirs: 8 and 8). Dropout is 0 (theirs 0.1 on x).
 """
@@ -44,7 +45,9 @@ class RankSelector(Router):
 
     reads_input, reads_task = False, True
 
-    def __init__(self, base: nn.Module, num_tasks: int, rank: int, temperature: float, pooling: Pooling, start: Start) -> None:
+    def __init__(
+        self, base: nn.Module, num_tasks: int, rank: int, temperature: float, pooling: Pooling, start: Start
+    ) -> None:
         super().__init__()
         width = in_out_features(base)[0]
         place = {"device": weight_of(base).device, "dtype": adapter_dtype(base)}
@@ -52,7 +55,9 @@ class RankSelector(Router):
         self.embedding = nn.Parameter(0.01 * torch.randn(num_tasks, width, **place))
         self.proj = nn.Parameter(torch.empty(rank, width, **place).uniform_(-bound, bound))
         rising = STEP * torch.arange(rank, **place)
-        self.bias = nn.Parameter(rising if start == "full" else torch.empty(rank, **place).uniform_(-(width**-0.5), width**-0.5))
+        self.bias = nn.Parameter(
+            rising if start == "full" else torch.empty(rank, **place).uniform_(-(width**-0.5), width**-0.5)
+        )
         self.temperature, self.pooling = temperature, pooling
 
     def rows(self) -> None:
@@ -131,5 +136,7 @@ def selected_ranks(layers: Mapping[str, Mixture]) -> dict[str, list[int]]:
     """The rank of each task, in the order of the tasks, by layer name. Layers of other methods are passed over."""
     selectors = {name: layer.router for name, layer in layers.items() if isinstance(layer, MixtureLinear)}
     return {
-        name: (router.logits().argmax(-1) + 1).tolist() for name, router in selectors.items() if isinstance(router, RankSelector)
+        name: (router.logits().argmax(-1) + 1).tolist()
+        for name, router in selectors.items()
+        if isinstance(router, RankSelector)
     }

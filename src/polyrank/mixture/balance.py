@@ -1,12 +1,11 @@
-"""Losses over routing statistics. Statistics are summed over all processes: a mean of products is not a product of means."""
+"""Losses over routing statistics, summed over all processes first: a mean of products is not a product of means."""
 
 import torch
-from torch import Tensor
-from torch import distributed as dist
+from torch import Tensor, distributed as dist
 
 
 def global_sum(local: Tensor) -> Tensor:
-    """``local`` summed over the processes. The gradient is that of the local part alone: sum gradients over processes."""
+    """``local`` summed over the processes. Its gradient is the local part's: sum gradients over processes."""
     if not (dist.is_available() and dist.is_initialized()):
         return local
     total = local.detach().clone()

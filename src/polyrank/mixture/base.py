@@ -34,4 +34,9 @@ def runs_primitives(module: nn.Module) -> bool:
         return False
     weight, bias = module.get_parameter("weight"), module._parameters["bias"]
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    return frozen and type(weight) is nn.Parameter and type(weight.data).__name__ == "Tensor" and weight.device.type != "meta"
+    return (
+        frozen
+        and type(weight) is nn.Parameter
+        and type(weight.data).__name__ == "Tensor"
+        and weight.device.type != "meta"
+    )

@@ -41,7 +41,9 @@ class Route:
         ids, leading = self.task_ids.to(x.device), x.shape[:-1]
         if ids.ndim == 2:
             if ids.shape != leading:
-                raise ValueError(f"task_ids {tuple(ids.shape)} are one per token, but the layer's tokens are {tuple(leading)}")
+                raise ValueError(
+                    f"task_ids {tuple(ids.shape)} are one per token, but the layer's tokens are {tuple(leading)}"
+                )
             return ids
         if len(leading) == 0 or leading[0] % len(ids):
             raise ValueError(
@@ -77,7 +79,9 @@ class Route:
         mask = self.mask(x, stream)
         batch = self.batch if self.batch is not None else (len(mask) if mask is not None else x.shape[0])
         if x.shape[0] % batch:
-            raise ValueError(f"a batch of {batch} does not fit a layer input of shape {tuple(x.shape)}: cannot pool by sample")
+            raise ValueError(
+                f"a batch of {batch} does not fit a layer input of shape {tuple(x.shape)}: cannot pool by sample"
+            )
         rows = x.reshape(batch, -1, x.shape[-1])  # (B, L, I): windows of a sample stand together
         if mask is None:
             return rows.mean(1)
@@ -113,7 +117,9 @@ class RouteContext:
 
     # The root's hooks.
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook of the root: take ``task_ids`` and ``prompt_mask`` out, and start the route."""
         kwargs = dict(kwargs)
         task_ids, prompt_mask = kwargs.pop("task_ids", None), kwargs.pop("prompt_mask", None)
@@ -135,7 +141,7 @@ class RouteContext:
     @contextmanager
     def on(self, task_ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[None]:
         """Fix the task of every call inside the block, also of calls that bypass the root."""
-        masks = {} if attention_mask is None else {"input": attention_mask}
+        masks: dict[str, Tensor | None] = {} if attention_mask is None else {"input": attention_mask}
         before = self._pinned
         self._pinned = Route(task_ids=self.checked(task_ids, None), masks=masks, prompt={})
         try:
@@ -187,7 +193,9 @@ class RouteContext:
             raise ValueError(f"task_ids must have shape (B,), or (B, L) for one per token; got {tuple(task_ids.shape)}")
         if batch is not None and task_ids.ndim == 1 and batch % len(task_ids):
             raise ValueError(f"{len(task_ids)} task_ids for a batch of {batch}: give one id per sample")
-        known = not torch.compiler.is_compiling() and task_ids.device.type == "cpu"  # elsewhere it would wait for the device
+        known = (
+            not torch.compiler.is_compiling() and task_ids.device.type == "cpu"
+        )  # elsewhere it would wait for the device
         if known and (int(task_ids.min()) < 0 or int(task_ids.max()) >= len(self.tasks)):
             raise ValueError(
                 f"task_ids must lie in 0..{len(self.tasks) - 1} ({', '.join(self.tasks)}); "
@@ -223,7 +231,9 @@ class Site:
         route = self.context.route
         if route.continues:
             if route.prompt is None or self.name not in route.prompt:
-                raise ValueError(f"{self.name}: decoding needs the prompt's gate; generate inside `with adapter.on(task):`")
+                raise ValueError(
+                    f"{self.name}: decoding needs the prompt's gate; generate inside `with adapter.on(task):`"
+                )
             return route.prompt[self.name]
         pooled = route.pool(x, self.stream)
         if route.prompt is not None:
@@ -257,7 +267,7 @@ def _batch_size(given: Mapping[str, Any]) -> int | None:
 
 
 def _masks(given: Mapping[str, Any], prompt_mask: Tensor | None) -> dict[str, Tensor | None]:
-    """Masks by stream. Without a decoder mask, the labels of an encoder-decoder model tell which targets are padding."""
+    """Masks by stream. Without a decoder mask, the labels of an encoder-decoder model tell its padding."""
     decoder, labels = given.get("decoder_attention_mask"), given.get("labels")
     if decoder is None and isinstance(labels, Tensor) and labels.ndim == 2:
         decoder = labels != -100

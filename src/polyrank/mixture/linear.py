@@ -80,7 +80,13 @@ class MixtureLinear(Mixture):
     """A frozen linear layer and a gated mixture of low-rank experts beside it."""
 
     def __init__(
-        self, base: nn.Module, *, experts: Experts, router: Router | None = None, gate: Gate | None = None, scale: float = 1.0
+        self,
+        base: nn.Module,
+        *,
+        experts: Experts,
+        router: Router | None = None,
+        gate: Gate | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__(base)
         self.experts, self.router, self.gate, self.scale = experts, router, gate, scale

@@ -1,12 +1,14 @@
 """The two primitives of the wide side. Between them, on (tokens, R) tensors, everything is ordinary autograd.
 
-    y, z = base_shrink(x, W, b, A)      y = x W' + b,  z = x A'      dx = dy W + dz A (accumulated in place),  dA = dz' x
-    y    = expand_(y, q, B)             y += q B, in place           dq = dy B',  dB = q' dy,  dy passes through
+    y, z = base_shrink(x, W, b, A)    y = x W' + b,  z = x A'    dx = dy W + dz A (accumulated in place),  dA = dz' x
+    y    = expand_(y, q, B)           y += q B, in place         dq = dy B',  dB = q' dy,  dy passes through
 
 W and b are frozen: they get no gradient. No tokens x width temporary exists beside y and dx, and x is saved once for
 both products. Both are made of differentiable operations, so second derivatives are right too. Under autocast the thin
 matrices and the weight are cast down, activations never up; a 64-bit input stays what it is.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +27,9 @@ class _BaseShrink(torch.autograd.Function):
         return y, F.linear(flat, a).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx, dy: Tensor, dz: Tensor):  # noqa: ANN001, ANN205 - autograd's own protocol
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a = ctx.saved_tensors
+        dy, dz = grads
         dy, dz = dy.reshape(-1, dy.shape[-1]), dz.reshape(-1, dz.shape[-1])
         dx = da = None
         if ctx.needs_input_grad[0]:
@@ -45,8 +48,9 @@ class _Expand(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, b = ctx.saved_tensors
+        (dy,) = grads
         flat = dy.reshape(-1, dy.shape[-1])
         dq = (flat @ b.t()).view(q.shape) if ctx.needs_input_grad[1] else None
         db = q.reshape(-1, q.shape[-1]).t() @ flat if ctx.needs_input_grad[2] else None

@@ -78,6 +78,15 @@ class Recipe(_Part):
         resolved: Any = TypeAdapter(METHODS[name]).validate_python(fields)  # a frozen dataclass
         return {"name": name, **asdict(resolved)}
 
+    @model_validator(mode="after")
+    def _weights(self) -> "Recipe":
+        given, names = self.training.task_weights, {task.name for task in self.tasks}
+        if given is not None and set(given) != names:
+            raise ValueError(
+                f"training.task_weights names {sorted(given)}, the tasks are {sorted(names)}: name each once"
+            )
+        return self
+
     def build_method(self) -> Method:
         """The method's own frozen dataclass."""
         fields = {key: value for key, value in self.method.items() if key != "name"}
