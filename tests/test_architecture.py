@@ -15,12 +15,13 @@ SRC = Path(__file__).parent.parent / "src" / "polyrank"
 # a room may import these rooms of ours, and itself
 MAY_IMPORT = {
     "mixture": set(),
-    "svd": {"files"},
+    "svd": set(),
     "methods": {"mixture", "svd"},
     "targets": {"mixture"},
     "summary": {"mixture", "methods"},
+    "saving": {"mixture", "methods"},
     "files": set(),
-    "adapt": {"mixture", "methods", "targets", "summary", "files"},
+    "adapt": {"mixture", "methods", "targets", "summary", "files", "saving"},
     "manifest": set(),
     "assets": {"manifest"},
     "data": {"assets", "tasks"},

@@ -1,9 +1,9 @@
 """Put a method's layers into any ``nn.Module``, use them, and take them out again."""
 
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from . import targets as target_names
 from .files import Fingerprint, checked_name, difference, fingerprint, read_folder, write_folder
-from .methods import METHODS, Method
+from .methods import Method
 from .mixture import Mixture, RouteContext, Site
+from .saving import frozen_parts, load_frozen, method_fields, method_from, projection
 from .summary import Summary, summarise
 
 
@@ -104,7 +105,7 @@ class Adapter:
         except (AttributeError, ValueError) as error:
             raise TypeError(
                 f"{type(model).__name__} has no activation checkpointing of its own: use "
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=adapter.context.replay) in forward"
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=adapter.context.replay)"
             ) from error
 
     # Files.
@@ -140,14 +141,14 @@ class Adapter:
             with_factors: also write the frozen parts that were computed from the base (MoORE's U, sigma, V), so that
                 another machine need not find the same ones.
         """
-        frozen = self._frozen()
+        frozen = frozen_parts(self.layers)
         tensors = {
             "adapter": self.state_dict(),
-            "frozen": frozen if with_factors else {k: _projection(v) for k, v in frozen.items()},
+            "frozen": frozen if with_factors else {name: projection(part) for name, part in frozen.items()},
         }
         manifest = {
             "polyrank": "adapter",
-            "method": {"name": _method_name(self.method), **asdict(self.method)},  # type: ignore[call-overload]
+            "method": method_fields(self.method),
             "tasks": list(self.tasks),
             "layers": list(self.layers),
             "with_factors": with_factors,
@@ -174,41 +175,15 @@ class Adapter:
         wrong = difference(manifest["base"], fingerprint(dict(model.named_parameters())))
         if wrong is not None:
             raise ValueError(f"{folder} was trained on another base model: {wrong}; load the base it was trained on")
-        adapter = adapt(
-            model, method or _method(manifest["method"]), tasks=manifest["tasks"], targets=_exactly(manifest["layers"])
-        )
+        exactly = "|".join(re.escape(name) for name in manifest["layers"])
+        adapter = adapt(model, method or method_from(manifest["method"]), tasks=manifest["tasks"], targets=exactly)
         try:
             adapter.load_state_dict(tensors["adapter"])
-            adapter._load_frozen(tensors["frozen"], manifest["with_factors"], folder)
+            load_frozen(adapter.layers, tensors["frozen"], manifest["with_factors"])
         except (ValueError, KeyError):
             adapter.remove()
             raise
         return adapter
-
-    def _frozen(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{key}": buffer
-            for name, layer in self.layers.items()
-            for key, buffer in layer.named_buffers()
-            if not key.startswith("base.")
-        }
-
-    @torch.no_grad()
-    def _load_frozen(self, saved: dict[str, Tensor], whole: bool, folder: str | Path) -> None:
-        for name, buffer in self._frozen().items():
-            here, there = (buffer if whole else _projection(buffer)), saved[name].to(buffer.device)
-            if here.shape != there.shape:
-                raise ValueError(
-                    f"{folder}: {name} has shape {tuple(there.shape)}, this base gives {tuple(here.shape)}"
-                )
-            if whole:
-                buffer.copy_(there)
-            elif float((here - there).abs().max()) > 0.01 * float(there.abs().max()):
-                raise ValueError(
-                    f"{folder}: {name} comes out differently on this machine (near-equal singular values may swap), "
-                    "and the adapter's rows belong to the saved ones: where it was trained, save it with "
-                    "adapter.save(folder, with_factors=True)"
-                )
 
     # Leaving.
 
@@ -319,30 +294,3 @@ def adapt(
         layer.train(layer.base.training)
         model.set_submodule(name, layer)
     return Adapter(model, method, context, layers, base, trained)
-
-
-def _projection(frozen: Tensor) -> Tensor:
-    """A vector that tells a frozen matrix from one with swapped or turned directions: its product with a fixed wave."""
-    if frozen.ndim != 2:
-        return frozen.float()
-    long = frozen.float() if frozen.shape[0] >= frozen.shape[1] else frozen.float().t()
-    return torch.cos(torch.arange(len(long), dtype=torch.float32, device=long.device) * 0.7 + 0.3) @ long
-
-
-def _exactly(names: Sequence[str]) -> str:
-    return "|".join(name.replace(".", r"\.") for name in names)
-
-
-def _method_name(method: Method) -> str:
-    known = {kind: name for name, kind in METHODS.items()}
-    return known.get(type(method), f"{type(method).__module__}:{type(method).__qualname__}")
-
-
-def _method(fields: dict[str, Any]) -> Method:
-    name, rest = fields["name"], {key: value for key, value in fields.items() if key != "name"}
-    if name not in METHODS:
-        raise ValueError(
-            f"the adapter's method {name!r} does not come with polyrank: pass it, "
-            "Adapter.load(folder, model, method=...)"
-        )
-    return METHODS[name](**rest)

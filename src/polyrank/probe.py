@@ -22,6 +22,7 @@ from polyrank.tasks import MISSING, Examples, Task, masked_mean, pad_id
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SOFTENING = 0.3  # of a converged head, where training starts from it
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # from strong to weak: each fit starts from the one before
 
 
@@ -165,14 +166,13 @@ def _matrix(task: Task, examples: Examples, features: Features, progress: bool) 
 
 
 def start_heads(heads: nn.ModuleDict, probes: Mapping[str, Probe]) -> None:
-    """Start the heads from those of the frozen model that never saw the held-out examples.
+    """Start the heads from those of the frozen model that never saw the held-out examples, softened.
 
     Linear probing before fine-tuning keeps the features from being distorted by fresh heads:
-    Kumar et al., ICLR 2022, https://arxiv.org/abs/2202.10054.
+    Kumar et al., ICLR 2022, https://arxiv.org/abs/2202.10054. A converged head is nearly certain of the examples it was
+    fitted to, so that they would teach the adapter little: scaled down, it gives the same answers and leaves a loss.
     """
     with torch.no_grad():
         for name, found in probes.items():
-            for own, value in zip(
-                heads[name].parameters(), (found.selection_head.weight, found.selection_head.bias), strict=True
-            ):
-                own.copy_(value)
+            heads[name].weight.copy_(SOFTENING * found.selection_head.weight)
+            heads[name].bias.copy_(SOFTENING * found.selection_head.bias)

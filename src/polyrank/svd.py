@@ -30,12 +30,6 @@ class Factors:
     def first(self, k: int) -> "Factors":
         return Factors(self.u[:, :k], self.sigma[:k], self.vt[:k])
 
-    def fingerprint(self) -> Tensor:
-        """(3, K): sigma and a fixed projection of u and of v."""
-        waves = [torch.cos(torch.arange(n, dtype=torch.float64) * 0.7 + 0.3) for n in (len(self.u), self.vt.shape[1])]
-        u, vt = self.u.detach().double().cpu(), self.vt.detach().double().cpu()
-        return torch.stack([self.sigma.detach().double().cpu(), waves[0] @ u, vt @ waves[1]]).float()
-
 
 def cache_folder() -> Path:
     return Path(os.environ.get("POLYRANK_CACHE", "~/.cache/polyrank")).expanduser() / "svd"
