@@ -174,5 +174,5 @@ def start_heads(heads: nn.ModuleDict, probes: Mapping[str, Probe]) -> None:
     """
     with torch.no_grad():
         for name, found in probes.items():
-            heads[name].weight.copy_(SOFTENING * found.selection_head.weight)
-            heads[name].bias.copy_(SOFTENING * found.selection_head.bias)
+            heads.get_parameter(f"{name}.weight").copy_(SOFTENING * found.selection_head.weight)
+            heads.get_parameter(f"{name}.bias").copy_(SOFTENING * found.selection_head.bias)
