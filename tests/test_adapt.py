@@ -91,7 +91,7 @@ def test_a_failed_build_leaves_the_model_as_it_was():
 
 def test_task_ids_are_checked():
     net = Net()
-    adapter = adapt(net, MoRE(), tasks="abc", targets=["q", "v"])
+    adapter = adapt(net, MoRE(), tasks=list("abc"), targets=["q", "v"])
     x = inputs(4, 5, 16)
     for ids, error in [
         (torch.tensor([0, 1, 2]), ValueError),
@@ -119,7 +119,7 @@ def test_conv1d_is_the_same_layer_transposed():
     found = []
     for model in (linear, conv):
         torch.manual_seed(1)
-        adapter = adapt(model, MoRE(rank=4), tasks="abc", targets="0")
+        adapter = adapt(model, MoRE(rank=4), tasks=list("abc"), targets="0")
         for p in adapter.parameters():
             nn.init.normal_(p, generator=torch.Generator().manual_seed(7))
         y = model(inputs(4, 5, 16), task_ids=IDS)
@@ -135,7 +135,7 @@ def test_moore_frees_and_restores_the_weight(tmp_path):
     torch.manual_seed(1)
     net = Net()
     before = net.q.weight.detach().clone()
-    adapter = adapt(net, MoORE(router_dim=4), tasks="abc", targets=["q", "v"])
+    adapter = adapt(net, MoORE(router_dim=4), tasks=list("abc"), targets=["q", "v"])
     y = net(inputs(4, 5, 16), task_ids=IDS)
     adapter.release_base(tmp_path / "weights")
     assert net.q.base.weight.device.type == "meta"
@@ -147,6 +147,49 @@ def test_moore_frees_and_restores_the_weight(tmp_path):
     loaded = Adapter.load(tmp_path / "adapter", net)
     assert torch.equal(net(inputs(4, 5, 16), task_ids=IDS), y)
     loaded.remove()
-    lora = adapt(net, LoRA(), tasks="abc", targets=["q"])
+    lora = adapt(net, LoRA(), tasks=list("abc"), targets=["q"])
     with pytest.raises(ValueError, match="needs its base weight"):
         lora.release_base(tmp_path / "other")
+
+
+def test_a_spent_adapter_says_so(tmp_path):
+    net = Net()
+    adapter = adapt(net, MoRE(), tasks=["a", "b"], targets=["q", "v"])
+    adapter.save(tmp_path / "adapter")
+    adapter.merge("a")
+    for use in (lambda: adapter.merge("b"), lambda: adapter.on("b"), lambda: adapter.save(tmp_path / "adapter")):
+        with pytest.raises(RuntimeError, match="merged or removed"):
+            use()
+    assert (tmp_path / "adapter" / "adapter.safetensors").stat().st_size > 1000
+
+
+def test_a_base_that_is_more_than_its_weight():
+    """Its own forward, or a hook: the fast path and merging must not pass them by; MoORE needs the weight itself."""
+    net = Net()
+    weight, bias = net.q.weight, net.q.bias
+    net.q.forward = lambda x: nn.functional.linear(x, 2 * weight, bias)
+    want = net(inputs(4, 5, 16))
+    with pytest.raises(ValueError, match=r"q: MoORE decomposes the weight"):
+        adapt(net, MoORE(), tasks=["a"], targets=["q"])
+    adapter = adapt(net, LoRA(), tasks=["a"], targets=["q"])
+    assert_close(net(inputs(4, 5, 16)), want)
+    with pytest.raises(ValueError, match="not a plain linear layer"):
+        adapter.merge("a")
+    assert_close(net(inputs(4, 5, 16)), want)
+
+
+def test_a_failing_merge_leaves_the_model_as_it_was(monkeypatch):
+    net = Net()
+    adapter = adapt(net, LoRA(), tasks=["a"], targets=["q", "v"])
+    for p in adapter.parameters():
+        nn.init.normal_(p, std=0.1)
+    y = net(inputs(4, 5, 16))
+    monkeypatch.setattr(adapter.layers["v"], "task_weight", lambda task: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        adapter.merge("a")
+    assert torch.equal(net(inputs(4, 5, 16)), y)
+
+
+def test_one_string_is_no_list_of_tasks():
+    with pytest.raises(ValueError, match="give a list"):
+        adapt(Net(), LoRA(), tasks="news")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import targets as target_names
 from .files import Fingerprint, checked_name, difference, fingerprint, read_folder, write_folder
 from .methods import Method
-from .mixture import Mixture, RouteContext, Site
+from .mixture import Mixture, RouteContext, Site, is_plain
 from .saving import frozen_parts, load_frozen, method_fields, method_from, projection
 from .summary import Summary, summarise
 
@@ -43,6 +43,12 @@ class Adapter:
     def tasks(self) -> tuple[str, ...]:
         return self.context.tasks
 
+    def _in_place(self) -> None:
+        if not self.layers:
+            raise RuntimeError(
+                "this adapter was merged or removed: adapt() the model again, or Adapter.load a saved one"
+            )
+
     def task_ids(self, tasks: str | Sequence[str]) -> Tensor:
         """Ids (B,) of task names.
 
@@ -62,6 +68,7 @@ class Adapter:
 
         It also serves calls that bypass the model's own forward, as when T5's ``generate`` runs the encoder.
         """
+        self._in_place()
         ids = tasks if isinstance(tasks, Tensor) else self.task_ids(tasks)
         return self.context.on(ids, attention_mask)
 
@@ -79,10 +86,12 @@ class Adapter:
 
     def losses(self) -> dict[str, Tensor]:
         """The method's auxiliary losses of the last forward, weighted scalars by name; call it before the next."""
+        self._in_place()
         notes, self.context.notes = self.context.notes, {}
         return self.method.losses(notes)
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, object]]:
+        self._in_place()
         return self.method.param_groups(self.layers, lr, weight_decay)
 
     def after_step(self) -> None:
@@ -141,6 +150,7 @@ class Adapter:
             with_factors: also write the frozen parts that were computed from the base (MoORE's U, sigma, V), so that
                 another machine need not find the same ones.
         """
+        self._in_place()
         frozen = frozen_parts(self.layers)
         tensors = {
             "adapter": self.state_dict(),
@@ -168,7 +178,7 @@ class Adapter:
             ValueError: damaged files, another base model, or singular factors that differ on this machine.
         """
         tensors, manifest = read_folder(folder)
-        if manifest.get("polyrank") != "adapter":
+        if manifest.get("polyrank") != "adapter" or not {"base", "layers", "method", "tasks"} <= manifest.keys():
             raise ValueError(
                 f"{folder} holds no adapter: give the folder that adapter.save() wrote (for a run: RUN/adapter)"
             )
@@ -195,6 +205,9 @@ class Adapter:
         Raises:
             ValueError: a layer computes with its base's weight.
         """
+        self._in_place()
+        if self._released is not None:
+            raise RuntimeError(f"the base's weights are in {self._released} already")
         for name, layer in self.layers.items():
             if not layer.stands_for_base:
                 raise ValueError(f"{name} needs its base weight in every forward: only MoORE's layers stand for it")
@@ -234,17 +247,27 @@ class Adapter:
         Raises:
             ValueError: an unknown task, or a gate that depends on the input; the model is unchanged.
         """
+        self._in_place()
         index = int(self.task_ids(task)[0])
-        for layer in self.layers.values():
-            layer.refuse_if_input_routed()
         self._restore_base()
-        for layer in self.layers.values():
-            weight = layer.task_weight(index)
-            own = layer.weight
-            weight = weight.t() if weight.shape != own.shape or not isinstance(layer.base, nn.Linear) else weight
-            layer.base.register_parameter(
-                "weight", nn.Parameter(weight.to(own.dtype).contiguous(), requires_grad=False)
-            )
+        for name, layer in self.layers.items():
+            layer.refuse_if_input_routed()
+            if not is_plain(layer.base):
+                raise ValueError(
+                    f"{name}: its base is not a plain linear layer (quantised, sharded, hooked): its weight is "
+                    "not all of it; keep the adapter in the model, or adapt an unquantised base"
+                )
+        before = {name: layer.weight for name, layer in self.layers.items()}
+        try:
+            for layer in self.layers.values():
+                weight = layer.task_weight(index)
+                weight = weight if isinstance(layer.base, nn.Linear) else weight.t()
+                merged = nn.Parameter(weight.to(layer.weight.dtype).contiguous(), requires_grad=False)
+                layer.base.register_parameter("weight", merged)
+        except BaseException:
+            for name, weight in before.items():
+                self.layers[name].base.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=False))
+            raise
         return self.remove()
 
     def summary(self) -> Summary:
@@ -271,6 +294,8 @@ def adapt(
     Raises:
         ValueError: bad task names, or layers that cannot be adapted; the model is unchanged.
     """
+    if isinstance(tasks, str):
+        raise ValueError(f"tasks={tasks!r} is one string: give a list of names, [{tasks!r}]")
     names = [checked_name(task, "task") for task in tasks]
     if not names or len({name.lower() for name in names}) != len(names):
         raise ValueError(

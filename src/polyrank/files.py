@@ -162,7 +162,7 @@ def _swap(aside: Path, path: Path) -> None:
         path.rename(old / "folder")
     try:
         aside.rename(path)
-    except OSError:
+    except BaseException:
         if old is not None:
             (old / "folder").rename(path)
             old.rmdir()
@@ -199,7 +199,9 @@ def difference(saved: Fingerprint, here: Fingerprint) -> str | None:
         here_dtype, here_shape, here_values = here[name]
         if shape != here_shape:
             return f"{name} has shape {here_shape}, the adapter was trained on {shape}"
-        slack = 0.0 if dtype == here_dtype else 0.01
-        if any(abs(a - b) > slack * abs(b) for a, b in zip(values, here_values, strict=False)):
+        slack, least = (0.0, 0.0) if dtype == here_dtype else (0.01, 1e-7)  # 16-bit floats end about there
+        if len(values) != len(here_values) or any(
+            abs(a - b) > slack * abs(b) + least for a, b in zip(values, here_values, strict=False)
+        ):
             return f"{name} has other values than the weights that the adapter was trained on"
     return None

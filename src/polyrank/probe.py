@@ -149,7 +149,8 @@ def probe(task: Task, kept: Examples, held: Examples, features: Features, *, pro
         raise ValueError(f"task {task.name!r} has no labelled training example: nothing to fit")
     heads = fit(x, y, len(task.labels), STRENGTHS)
     scores = [head.accuracy(x_held, y_held) for head in heads]
-    best = scores.index(max(scores))  # the strongest of equals
+    # the strongest of equals; without held-out examples there is nothing to choose by: the middle of the grid
+    best = scores.index(max(scores)) if len(y_held) else len(STRENGTHS) // 2
     strength = STRENGTHS[best]
     head = fit(x_all, y_all, len(task.labels), [strength])[0]
     return Probe(majority(task), head.accuracy(x_test, y_test), strength, head.gradient_norm, head, heads[best])

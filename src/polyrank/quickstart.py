@@ -44,6 +44,9 @@ def quickstart_recipe(choices: Choices, seed: int, out: Path) -> Recipe:
     if choices.method not in shipped["methods"]:
         raise RecipeError(f"--method: unknown method {choices.method!r}{nearest(choices.method, shipped['methods'])}")
     content: dict[str, Any] = shipped["recipe"] | {"method": {"name": choices.method}, "out": str(out)}
+    for own in ("training.seed", "out"):
+        if any(setting.partition("=")[0].strip() == own for setting in choices.settings):
+            raise RecipeError(f"--set {own}=...: use --{own.removeprefix('training.')} (every run has its own)")
     settings = [
         *(f"{key}={value}" for key, value in shipped["methods"][choices.method].items()),
         f"training.seed={seed}",

@@ -7,7 +7,6 @@ sigma_max > 1e-5. Below that the squared condition number would show, and LAPACK
 
 import hashlib
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def factorise(weight: Tensor) -> Factors:
         )
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     path = cache_folder() / f"{checksum(weight)}.safetensors" if min(weight.shape) >= SMALLEST_CACHED else None
-    factors = _read(path) if path is not None else None
+    factors = _read(path, weight) if path is not None else None
     if factors is None:
         factors = _compute(weight, dtype)
         if path is not None:
@@ -95,23 +94,27 @@ def _compute(weight: Tensor, dtype: torch.dtype) -> Factors:
     )
 
 
-def _read(path: Path) -> Factors | None:
+def _read(path: Path, weight: Tensor) -> Factors | None:
+    """The factors of a cache file, if they are those of ``weight``: checked on one vector."""
     try:
         tensors = load_file(path)
-        return Factors(tensors["u"], tensors["sigma"], tensors["vt"])
-    except (OSError, SafetensorError, KeyError):
+        found = Factors(tensors["u"], tensors["sigma"], tensors["vt"])
+        w = weight.detach().double().cpu()
+        wave = torch.cos(torch.arange(w.shape[1], dtype=torch.float64) * 0.7 + 0.3)
+        again = found.u.double() @ (found.sigma.double() * (found.vt.double() @ wave))
+        return found if float((again - w @ wave).norm()) <= 1e-4 * float((w @ wave).norm()) else None
+    except (OSError, SafetensorError, KeyError, RuntimeError):
         return None
 
 
 def _write(path: Path, factors: Factors) -> None:
+    aside = path.with_suffix(f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        os.close(handle)
         save_file({"u": factors.u.cpu(), "sigma": factors.sigma.cpu(), "vt": factors.vt.cpu()}, aside)
         os.replace(aside, path)
-    except OSError:  # a cache that cannot be written costs time, not correctness
-        return
+    except (OSError, SafetensorError):  # a cache that cannot be written costs time, not correctness
+        aside.unlink(missing_ok=True)
 
 
 def expert_gram(u: Tensor, vt: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 from .mixture import Mixture, is_linear
 
 ALL_LINEAR = "all-linear"
+CROSS_FROM_ENCODER = ("k", "v", "k_proj", "v_proj", "key", "value", "key_proj", "value_proj", "c_attn")
 HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|classifier|score|qa_outputs|head|heads|fc_head)(\..*)?")
 
 
@@ -80,6 +81,11 @@ def _obstacle(model: nn.Module, linear: dict[str, nn.Module], name: str, module:
     twins = [other for other, twin in linear.items() if twin is module and other != name]
     if twins:
         return f"it is the same module as {twins[0]}, and a reused module has no place of its own; use exclude="
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is no parameter of its own (a parametrisation such as weight_norm); remove that first"
+    if weight.device.type == "meta":
+        return "its weight is not in memory (meta device, offloaded); load the model first"
     if "." not in name:
         return None
     parent = model.get_submodule(name.rpartition(".")[0])
@@ -106,4 +112,4 @@ def stream(name: str, model: nn.Module) -> str:
     if "decoder" not in parts or "encoder" not in children:
         return "input"
     crosses = any("encdec" in part or "encoder_attn" in part or "cross" in part for part in parts)
-    return "input" if crosses and parts[-1] in ("k", "v", "k_proj", "v_proj", "key", "value") else "decoder"
+    return "input" if crosses and parts[-1] in CROSS_FROM_ENCODER else "decoder"

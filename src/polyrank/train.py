@@ -118,6 +118,7 @@ def train(
         adapter.enable_checkpointing()
     kept, held = split(tasks, training)
     corpus, held_out = (Corpus.of(tasks, part, model.tokenizer, model.max_length) for part in (kept, held))
+    _check_parts(corpus, training, accelerator)
     sampler = Proportional(corpus.lengths, training.batch_size, training.seed)
     parameters, optimizer = build_optimizer(model, adapter, training)
     share_weights(parameters, accelerator)
@@ -195,6 +196,21 @@ class Best:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def _check_parts(corpus: Corpus, training: Training, accelerator: Accelerator) -> None:
+    """Every part of every step must have an example: the processes' collectives would not match.
+
+    Raises:
+        ValueError: with the sizes.
+    """
+    parts, size = accelerator.num_processes * training.accumulation, sum(map(len, corpus.tokens))
+    smallest = size // -(-size // training.batch_size) if size else 0
+    if accelerator.num_processes > 1 and smallest < parts:
+        raise ValueError(
+            f"steps of {smallest} examples cannot be split into {parts} parts ({accelerator.num_processes} processes x "
+            f"accumulation {training.accumulation}): raise batch_size or lower accumulation"
+        )
 
 
 def micro_batches(

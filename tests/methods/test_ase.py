@@ -33,7 +33,7 @@ def test_gates(k, shared, seed, tied):
 def test_there_is_a_router_for_each_task():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 8))
-    adapter = adapt(net, ASE(), tasks="abc", targets="0")
+    adapter = adapt(net, ASE(), tasks=list("abc"), targets="0")
     layer = adapter.layers["0"]
     net(inputs(4, 5, 16), task_ids=torch.tensor([0, 2, 0, 2])).sum().backward()
     torch.nn.init.normal_(layer.experts.lora_B)
@@ -46,7 +46,7 @@ def test_the_fine_grained_family_has_the_same_budget():
     sizes = []
     for factor in (1, 2, 4):
         method = ASE(mutual_information=0).finer(factor)
-        layer = adapt(nn.Sequential(nn.Linear(16, 8)), method, tasks="ab", targets="0").layers["0"]
+        layer = adapt(nn.Sequential(nn.Linear(16, 8)), method, tasks=list("ab"), targets="0").layers["0"]
         active = layer.gate.num_active(method.num_experts) * method.rank
         sizes.append((sum(p.numel() for p in layer.experts.parameters()), active, method.alpha / method.rank))
     assert sizes[0] == sizes[1] == sizes[2]
@@ -76,7 +76,7 @@ def test_mutual_information():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 8))
     net.forward = lambda x, attention_mask=None: net[0](x)
-    adapter = adapt(net, ASE(), tasks="abc", targets="0")
+    adapter = adapt(net, ASE(), tasks=list("abc"), targets="0")
     x, mask, found = inputs(4, 5, 16), torch.tensor([[1, 1, 1, 0, 0]] * 4), []
     for padding in (0.0, 9.0):
         x = torch.cat([x[:, :3], torch.full((4, 2, 16), padding)], 1)

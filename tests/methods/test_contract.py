@@ -140,6 +140,25 @@ def test_checkpointed_backward_is_the_same(name, forwards):
     assert_close(found[1], found[0])
 
 
+@every
+def test_two_backward_passes_through_one_checkpointed_forward(name):
+    """As gradient combiners do: one forward, a gradient for each task."""
+    found = []
+    for checkpointed in (False, True):
+        net, adapter = adapted(METHODS[name], checkpointed=checkpointed)
+        net.context_fn = adapter.context.replay
+        y = net(inputs(4, 5, 16), task_ids=IDS)
+        parameters = list(adapter.parameters())
+        found.append(
+            [torch.autograd.grad(y[i].sum(), parameters, retain_graph=i == 0, allow_unused=True) for i in (0, 1)]
+        )
+    for plain, again in zip(*found, strict=True):
+        for one, other in zip(plain, again, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                assert_close(other, one)
+
+
 @by_task
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_recomputation_without_its_route_is_an_error(name, use_reentrant):
@@ -262,7 +281,8 @@ def test_compiles_whole(name):
 @every
 def test_autocast_gives_bf16_outputs_and_fp32_gradients(name):
     net, adapter = adapted(METHODS[name], dtype=torch.float32)
-    twin, _ = adapted(METHODS[name], dtype=torch.float64)
+    twin, exact = adapted(METHODS[name], dtype=torch.float64)
+    exact.load_state_dict(adapter.state_dict())
     x = inputs(4, 5, 16)
     with torch.autocast("cpu", torch.bfloat16):
         y = net(x, task_ids=IDS)

@@ -157,7 +157,7 @@ def test_equals_the_equation(name, shape):
     method = METHODS[name]
     torch.manual_seed(2)
     net = nn.Sequential(nn.Linear(*SHAPES[shape], bias=shape != "square")).double()
-    adapter = adapt(net, method, tasks="abc", targets="0")
+    adapter = adapt(net, method, tasks=list("abc"), targets="0")
     optimizer = torch.optim.SGD(adapter.parameters(), 0.3)
     for step in range(5):
         x = inputs(4, 3, SHAPES[shape][0], seed=step, dtype=torch.float64)
@@ -177,7 +177,7 @@ def test_equals_the_equation_under_autocast(name):
     method = METHODS[name]
     torch.manual_seed(2)
     net = nn.Sequential(nn.Linear(48, 32))
-    adapter = adapt(net, method, tasks="abc", targets="0")
+    adapter = adapt(net, method, tasks=list("abc"), targets="0")
     optimizer = torch.optim.SGD(adapter.parameters(), 0.3)
     for step in range(3):
         x, target = inputs(4, 3, 48, seed=step), inputs(4, 3, 32, seed=50 + step)

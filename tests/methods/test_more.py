@@ -50,7 +50,7 @@ def test_the_selector_has_gradient_through_the_chosen_probability_only():
     """d loss / d logits = d loss / d pi * p_r (onehot_r - p): a vector of that direction, and no other."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 8)).double()
-    adapter = adapt(net, MoRE(rank=4, contrastive=0), tasks="abc", targets="0")
+    adapter = adapt(net, MoRE(rank=4, contrastive=0), tasks=list("abc"), targets="0")
     layer = adapter.layers["0"]
     torch.nn.init.normal_(layer.experts.lora_B)
     net(inputs(4, 5, 16, dtype=torch.float64), task_ids=IDS).square().sum().backward()
@@ -68,7 +68,7 @@ def test_contrastive_loss_leaves_padding_out(pooling):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 8))
     net.forward = lambda x, attention_mask=None: net[0](x)  # a root that takes a mask
-    adapter = adapt(net, MoRE(rank=4, pooling=pooling), tasks="abc", targets="0")
+    adapter = adapt(net, MoRE(rank=4, pooling=pooling), tasks=list("abc"), targets="0")
     x, mask = inputs(4, 5, 16), torch.tensor([[1, 1, 1, 0, 0]] * 4)
     found = []
     for padding in (0.0, 7.0):

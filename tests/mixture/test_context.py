@@ -75,3 +75,47 @@ def test_a_site_elsewhere_does_not_touch_the_model():
     assert Site("x", "input", context).on(1, torch.device("cpu")).ids(torch.empty(3, 2)).tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match="routes by task"):
         _ = context.route
+
+
+def test_an_interrupted_forward_leaves_no_task_behind():
+    """torch calls no hook after KeyboardInterrupt: a later block must not see that forward's tasks."""
+    net, adapter = adapted(METHODS["more"])
+    x = inputs(4, 5, 16)
+    with adapter.on("b"):
+        want = net.body(x)
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    handle = net.out.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        net(x, task_ids=torch.tensor([0, 0, 0, 0]))
+    handle.remove()
+    with adapter.on("b"):
+        assert_close(net.body(x), want)
+
+
+def test_a_forward_inside_a_forward_keeps_its_own_tasks():
+    net, adapter = adapted(METHODS["more"])
+    x, ids = inputs(4, 5, 16), torch.tensor([2, 2, 2, 2])
+    want = net(x, task_ids=ids)
+    plain = net.body
+
+    def body(x):
+        net.body = plain
+        net(x, task_ids=torch.tensor([0, 0, 0, 0]))
+        return plain(x)
+
+    net.body = body
+    with adapter.on("a"):
+        assert_close(net(x, task_ids=ids), want)
+
+
+def test_a_failed_forward_leaves_no_notes():
+    net, adapter = adapted(METHODS["more"])
+    x, ids = inputs(4, 5, 16), torch.tensor([0, 1, 2, 0])
+    handle = net.out.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        net(x, task_ids=ids)
+    handle.remove()
+    assert adapter.losses() == {}

@@ -67,7 +67,7 @@ class PerTaskRouter(Router):
 
     def forward(self, x: Tensor, z: Tensor, site: Site) -> Tensor:
         ids = site.ids(x)
-        if ids.numel() > 1 and ids.shape == x.shape[:-1] and x.ndim > 2:  # one task per token
+        if site.per_token:
             every = F.linear(x, self.weights.flatten(0, 1).to(x.dtype)).unflatten(-1, self.weights.shape[:2])
             return every.gather(-2, ids[..., None, None].expand(*ids.shape, 1, every.shape[-1])).squeeze(-2)
         weights = F.embedding(ids.reshape(-1), self.weights.flatten(1)).unflatten(
@@ -90,6 +90,9 @@ class PerTaskRouter(Router):
 
     def active_parameters(self) -> int:
         return self.weights[0].numel()
+
+    def flops_per_token(self) -> int:
+        return 2 * self.weights[0].numel()
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

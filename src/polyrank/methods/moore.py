@@ -44,6 +44,7 @@ from ..mixture import (
     adapter_dtype,
     base_shrink,
     expand_,
+    is_plain,
     weight_of,
 )
 from ..svd import Factors, factorise, numerical_rank
@@ -51,6 +52,20 @@ from .base import STRICT, Method
 
 Even = Annotated[int, Ge(2), MultipleOf(2)]
 Level = Literal["token", "sample", "task"]
+
+
+def _factors(name: str, base: nn.Module) -> Factors:
+    """The singular factors of a site's weight.
+
+    Raises:
+        ValueError: the layer is more than its weight (quantised, sharded, hooked), or has none in memory.
+    """
+    if not is_plain(base):
+        raise ValueError(
+            f"{name}: MoORE decomposes the weight itself, and this layer is not a plain linear layer (quantised, "
+            "sharded, hooked or with its own forward): load the base unquantised and unhooked, or take another method"
+        )
+    return factorise(weight_of(base))
 
 
 def _router(base: nn.Module, level: Level, num_tasks: int, task_dim: int, router_dim: int, num_experts: int) -> Router:
@@ -95,7 +110,7 @@ class SingularLinear(Mixture):
 
     def experts(self) -> tuple[Tensor, Tensor]:
         """U (O, K) and V'P' (K, I): expert d is their d-th column and row."""
-        return self.u, self.vt.to(adapter_dtype(self.base)) @ self.reflections.matrix().t()
+        return self.u, self.vt.to(self.reflections.vectors.dtype) @ self.reflections.matrix().t()
 
     @torch.no_grad()
     def task_weight(self, task: int) -> Tensor:
@@ -114,9 +129,8 @@ class SingularLinear(Mixture):
         return self.reflections.vectors.numel() + self.router.active_parameters()
 
     def flops_per_token(self) -> int:
-        rows = self.router.rows()
         thin = self.reflections.vectors.numel() + len(self.reflections.vectors) * len(self.vt)
-        return 2 * (self.u.numel() + self.vt.numel() + thin + (0 if rows is None else rows.numel()))
+        return 2 * (self.u.numel() + self.vt.numel() + thin) + self.router.flops_per_token()
 
 
 class SingularDirections(Experts):
@@ -174,7 +188,7 @@ class MoORE(Method):
         layers: dict[str, Mixture] = {}
         for name, base in sites.items():
             weight = weight_of(base)
-            factors = factorise(weight)
+            factors = _factors(name, base)
             if self.null_directions == "closed":
                 factors = factors.first(numerical_rank(factors, weight.dtype))
             turn = Reflections(weight.shape[1], self.num_reflections, weight.device, adapter_dtype(base))
@@ -195,7 +209,7 @@ class MoORETopK(Method):
         layers: dict[str, Mixture] = {}
         for name, base in sites.items():
             weight = weight_of(base)
-            factors = factorise(weight)
+            factors = _factors(name, base)
             factors = factors.first(min(self.k, numerical_rank(factors, weight.dtype)))
             turn = Reflections(weight.shape[1], self.num_reflections, weight.device, adapter_dtype(base))
             router = _router(base, self.router, len(tasks), self.task_dim, self.router_dim, len(factors.sigma))

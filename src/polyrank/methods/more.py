@@ -81,6 +81,9 @@ class RankSelector(Router):
     def active_parameters(self) -> int:
         return self.embedding[0].numel() + self.proj.numel() + self.bias.numel()
 
+    def flops_per_token(self) -> int:
+        return 0
+
 
 class Nested(Gate):
     """The first r rank-one experts, r the chosen one: straight-through on the chosen probability only."""

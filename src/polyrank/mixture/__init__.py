@@ -10,7 +10,12 @@ E experts, R rank of all experts together (rows of A), T tasks. Leading dimensio
 """
 
 from .balance import global_sum as global_sum, mutual_information as mutual_information
-from .base import in_out_features as in_out_features, is_linear as is_linear, weight_of as weight_of
+from .base import (
+    in_out_features as in_out_features,
+    is_linear as is_linear,
+    is_plain as is_plain,
+    weight_of as weight_of,
+)
 from .context import Route as Route, RouteContext as RouteContext, Site as Site
 from .experts import Experts as Experts, LoRAExperts as LoRAExperts, adapter_dtype as adapter_dtype
 from .gates import (

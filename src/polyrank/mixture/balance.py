@@ -5,12 +5,15 @@ from torch import Tensor, distributed as dist
 
 
 def global_sum(local: Tensor) -> Tensor:
-    """``local`` summed over the processes. Its gradient is the local part's: sum gradients over processes."""
+    """``local`` summed over the processes, for a loss that every process has and that is averaged over them.
+
+    The local part's gradient is multiplied by their number: the mean over processes is that of the whole.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return local
     total = local.detach().clone()
     dist.all_reduce(total)
-    return local + (total - local.detach())
+    return total + dist.get_world_size() * (local - local.detach())
 
 
 def mutual_information(joint: Tensor) -> Tensor:

@@ -26,17 +26,19 @@ def in_out_features(module: nn.Module) -> tuple[int, int]:
     return in_features, out_features
 
 
-def runs_primitives(module: nn.Module) -> bool:
-    """Whether the layer is what ``base_shrink`` assumes: exactly a linear map, unhooked, frozen, of a plain tensor."""
-    if not (type(module) is nn.Linear or _is_conv1d(module)):
+def is_plain(module: nn.Module) -> bool:
+    """Whether the layer is its weight and bias alone: no subclass, hook, own forward, packed or sharded weight."""
+    if not (type(module) is nn.Linear or _is_conv1d(module)) or "forward" in vars(module):
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
+    weight = module._parameters.get("weight")
+    return type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.is_floating_point()
+
+
+def runs_primitives(module: nn.Module) -> bool:
+    """Whether the layer is what ``base_shrink`` assumes: plain, frozen, and in memory."""
+    if not is_plain(module):
+        return False
     weight, bias = module.get_parameter("weight"), module._parameters["bias"]
-    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    return (
-        frozen
-        and type(weight) is nn.Parameter
-        and type(weight.data).__name__ == "Tensor"
-        and weight.device.type != "meta"
-    )
+    return not weight.requires_grad and (bias is None or not bias.requires_grad) and weight.device.type != "meta"

@@ -77,6 +77,10 @@ class Route:
     def pool(self, x: Tensor, stream: str) -> Tensor:
         """Masked mean (B, I) over the tokens of each sample of ``x`` (..., I). A sample without a token gives 0."""
         mask = self.mask(x, stream)
+        if self.task_ids is not None and self.task_ids.ndim == 2:
+            raise ValueError(
+                "ids of each token flatten several requests into a row: a router or loss that pools cannot"
+            )
         batch = self.batch if self.batch is not None else (len(mask) if mask is not None else x.shape[0])
         if x.shape[0] % batch:
             raise ValueError(
@@ -109,6 +113,7 @@ class RouteContext:
         self.arguments: tuple[str, ...] = ()  # names of the root forward's positional arguments
         self.notes: dict[str, list[Note]] = {}  # the last finished forward's
         self._active: Route | None = None
+        self._outer: list[Route | None] = []  # of a root forward inside another
         self._pinned: Route | None = None
         self._replaying = False
 
@@ -121,48 +126,40 @@ class RouteContext:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook of the root: take ``task_ids`` and ``prompt_mask`` out, and start the route."""
+        self._outer.append(self._active)  # first of all: ``leave`` also follows an error in here
         kwargs = dict(kwargs)
         task_ids, prompt_mask = kwargs.pop("task_ids", None), kwargs.pop("prompt_mask", None)
         given = dict(zip(self.arguments, args, strict=False)) | kwargs
         route = Route(batch=_batch_size(given), masks=_masks(given, prompt_mask), continues=_continues(given))
         pinned = self._pinned
+        mask = pinned.masks.get("input") if pinned is not None else None
+        if mask is not None and route.masks["input"] is None:  # beams stand together, as in the batch
+            route.masks["input"] = mask.repeat_interleave(max(1, (route.batch or 1) // len(mask)), 0)
         route.task_ids = self.checked(task_ids, route.batch) if task_ids is not None else pinned and pinned.task_ids
         route.prompt = pinned.prompt if pinned is not None else None
         self._active = route
-        self.notes = {}
         return args, kwargs
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Forward hook of the root, called also after an error: nothing of this forward stays, but its notes."""
-        if self._active is not None:
-            self.notes = self._active.notes
-        self._active = None
+        finished, self._active = self._active, self._outer.pop()
+        if not self._replaying:
+            self.notes = finished.notes if finished is not None and output is not None else {}
 
     @contextmanager
     def on(self, task_ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[None]:
         """Fix the task of every call inside the block, also of calls that bypass the root."""
         masks: dict[str, Tensor | None] = {} if attention_mask is None else {"input": attention_mask}
-        before = self._pinned
-        self._pinned = Route(task_ids=self.checked(task_ids, None), masks=masks, prompt={})
+        before = self._pinned, self._active, self._outer
+        self._pinned, self._active, self._outer = Route(self.checked(task_ids, None), None, masks, prompt={}), None, []
         try:
             yield
         finally:
-            self._pinned = before
+            self._pinned, self._active, self._outer = before
 
     def replay(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """``context_fn`` of ``torch.utils.checkpoint``: the recomputed layers see the route of their own forward."""
-        return nullcontext(), self._again(self._active or self._pinned)
-
-    @contextmanager
-    def _again(self, route: Route | None) -> Iterator[None]:
-        before = self._active, self._replaying
-        if route is not None:  # the notes of the first pass stand; those of the recomputation are thrown away
-            route = Route(route.task_ids, route.batch, route.masks, {}, None, route.continues)
-        self._active, self._replaying = route, True
-        try:
-            yield
-        finally:
-            self._active, self._replaying = before
+        return nullcontext(), _Replay(self, self._active or self._pinned)
 
     @property
     def route(self) -> Route:
@@ -201,7 +198,25 @@ class RouteContext:
                 f"task_ids must lie in 0..{len(self.tasks) - 1} ({', '.join(self.tasks)}); "
                 f"got {sorted(set(task_ids.flatten().tolist()))}"
             )
-        return task_ids
+        return task_ids.long()
+
+
+class _Replay(AbstractContextManager[None]):
+    """A recomputation on the route of its own forward. Two backward passes through one forward enter it twice."""
+
+    def __init__(self, context: RouteContext, route: Route | None) -> None:
+        self.context, self.route = context, route
+        self.before: list[tuple[Route | None, bool]] = []
+
+    def __enter__(self) -> None:
+        self.before.append((self.context._active, self.context._replaying))
+        route = self.route
+        if route is not None:  # the notes of the first pass stand; those of the recomputation are thrown away
+            route = Route(route.task_ids, route.batch, route.masks, {}, None, route.continues)
+        self.context._active, self.context._replaying = route, True
+
+    def __exit__(self, *error: object) -> None:
+        self.context._active, self.context._replaying = self.before.pop()
 
 
 @dataclass
@@ -223,27 +238,41 @@ class Site:
         return self.context.route.pool(x, self.stream)
 
     def pool_prompt(self, x: Tensor) -> Tensor:
-        """As ``pool``, but a decoding step gets the mean of the prompt it continues, kept since that was read.
+        """The mean over the tokens of ``prompt_mask`` (a causal model needs one in training), else the attention mask.
+
+        A decoding step gets the mean that was kept when its prompt was read. In the decoder of an encoder-decoder model
+        the prompt is the first token: generation knows no more.
 
         Raises:
-            ValueError: a decoding step whose prompt was not kept.
+            ValueError: a decoding step whose prompt was not kept, or a prompt that comes in parts.
         """
         route = self.context.route
         if route.continues:
+            if route.batch is not None and x.numel() // x.shape[-1] > route.batch:
+                raise ValueError(f"{self.name}: a prompt in parts has no mean yet; read it in one forward")
             if route.prompt is None or self.name not in route.prompt:
                 raise ValueError(
                     f"{self.name}: decoding needs the prompt's gate; generate inside `with adapter.on(task):`"
                 )
             return route.prompt[self.name]
-        pooled = route.pool(x, self.stream)
+        if self.stream == "decoder" and route.batch is not None:
+            pooled = x.reshape(route.batch, -1, x.shape[-1])[:, 0]
+        else:
+            pooled = route.pool(x, self.stream)
         if route.prompt is not None:
             route.prompt[self.name] = pooled.detach()
         return pooled
 
     @property
     def listens(self) -> bool:
-        """Whether notes are worth leaving: only a forward that will be differentiated has losses."""
-        return torch.is_grad_enabled()
+        """Whether notes are worth leaving: only a forward of the whole model that will be differentiated has losses."""
+        return torch.is_grad_enabled() and self.context.route.batch is not None
+
+    @property
+    def per_token(self) -> bool:
+        """Whether each token has a task of its own."""
+        ids = self.context.route.task_ids
+        return ids is not None and ids.ndim == 2
 
     def note(self, kind: str, value: Tensor) -> None:
         """Leave ``value`` for ``Method.losses``."""
@@ -263,7 +292,9 @@ def _blank(tasks: tuple[str, ...], arguments: tuple[str, ...]) -> RouteContext:
 
 
 def _batch_size(given: Mapping[str, Any]) -> int | None:
-    return next((value.shape[0] for value in given.values() if isinstance(value, Tensor) and value.ndim > 0), None)
+    first = [given.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask", "decoder_input_ids")]
+    tensors = [value for value in [*first, *given.values()] if isinstance(value, Tensor) and value.ndim > 0]
+    return tensors[0].shape[0] if tensors else None
 
 
 def _masks(given: Mapping[str, Any], prompt_mask: Tensor | None) -> dict[str, Tensor | None]:

@@ -148,6 +148,5 @@ class MixtureLinear(Mixture):
 
     def flops_per_token(self) -> int:
         a, b = self.experts.down(), self.experts.up(self.base)
-        rows = None if self.router is None else self.router.rows()
-        thin = a.numel() + b.numel() + (0 if rows is None else rows.numel())
-        return 2 * (self.in_features * self.out_features + thin)
+        router = 0 if self.router is None else self.router.flops_per_token()
+        return 2 * (self.in_features * self.out_features + a.numel() + b.numel()) + router

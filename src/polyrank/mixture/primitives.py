@@ -24,7 +24,7 @@ class _BaseShrink(torch.autograd.Function):
         y = F.linear(flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         # autograd forbids changing a view among several outputs; aten's unsafe view is the same memory and no view
         y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
-        return y, F.linear(flat, a).view(*x.shape[:-1], -1)
+        return y, F.linear(flat, a).view(*x.shape[:-1], len(a))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -32,10 +32,11 @@ class _BaseShrink(torch.autograd.Function):
         dy, dz = grads
         dy, dz = dy.reshape(-1, dy.shape[-1]), dz.reshape(-1, dz.shape[-1])
         dx = da = None
-        if ctx.needs_input_grad[0]:
-            dx = (dy @ weight.to(dy.dtype)).addmm_(dz, a).view(x.shape)
-        if ctx.needs_input_grad[3]:
-            da = dz.t() @ x.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):  # the dtypes were settled in the forward
+            if ctx.needs_input_grad[0]:
+                dx = (dy @ weight.to(dy.dtype)).addmm_(dz, a).view(x.shape)
+            if ctx.needs_input_grad[3]:
+                da = dz.t() @ x.reshape(-1, x.shape[-1])
         return dx, None, None, da
 
 
@@ -52,8 +53,9 @@ class _Expand(torch.autograd.Function):
         q, b = ctx.saved_tensors
         (dy,) = grads
         flat = dy.reshape(-1, dy.shape[-1])
-        dq = (flat @ b.t()).view(q.shape) if ctx.needs_input_grad[1] else None
-        db = q.reshape(-1, q.shape[-1]).t() @ flat if ctx.needs_input_grad[2] else None
+        with torch.autocast(dy.device.type, enabled=False):
+            dq = (flat @ b.t()).view(q.shape) if ctx.needs_input_grad[1] else None
+            db = q.reshape(-1, q.shape[-1]).t() @ flat if ctx.needs_input_grad[2] else None
         return dy, dq, db
 
 

@@ -34,6 +34,10 @@ class Router(nn.Module, ABC):
     def active_parameters(self) -> int:
         """Parameters that work on one token."""
 
+    @abstractmethod
+    def flops_per_token(self) -> int:
+        """Multiply-adds x 2 for one token; what happens once a sample or a task is not counted."""
+
 
 class TaskEmbedding(Router):
     """Q e_t: a learnt embedding of each task, N(0, 1), then a linear map to logits, zero at the start."""
@@ -56,6 +60,9 @@ class TaskEmbedding(Router):
     def active_parameters(self) -> int:
         return self.embedding[0].numel() + self.proj.numel()
 
+    def flops_per_token(self) -> int:
+        return 0
+
 
 class TokenRouter(Router):
     """G_up G x: a linear bottleneck of each token. G as nn.Linear's default, G_up zero at the start."""
@@ -76,6 +83,9 @@ class TokenRouter(Router):
 
     def active_parameters(self) -> int:
         return self.down.numel() + self.up.numel()
+
+    def flops_per_token(self) -> int:
+        return 2 * (self.down.numel() + self.up.numel())
 
 
 class SampleRouter(Router):
@@ -101,6 +111,9 @@ class SampleRouter(Router):
 
     def active_parameters(self) -> int:
         return self.down.numel() + self.up.numel()
+
+    def flops_per_token(self) -> int:
+        return 0
 
 
 class Sum(Router):
@@ -132,6 +145,9 @@ class Sum(Router):
 
     def active_parameters(self) -> int:
         return sum(router.active_parameters() for router in self._each())
+
+    def flops_per_token(self) -> int:
+        return sum(router.flops_per_token() for router in self._each())
 
 
 def _linear_default(out_features: int, in_features: int, device: torch.device, dtype: torch.dtype) -> Tensor:

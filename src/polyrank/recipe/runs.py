@@ -30,7 +30,7 @@ from polyrank.tasks import Examples, MultiTaskModel, Task, load_heads, save_head
 from polyrank.train import split, train
 
 POOLER = r"(.*\.)?pooler(\..*)?"  # a pooler takes no part in masked-mean pooling: never adapted
-FILES = ("recipe.yaml", "metrics.jsonl", "adapter", "heads", "results.json")
+FILES = ("results.json", "recipe.yaml", "metrics.jsonl", "adapter", "heads")  # the first says "complete": it goes first
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,9 @@ def run(recipe: Recipe, *, overwrite: bool = False, progress: bool = True, featu
     adapter.save(folder / "adapter")
     save_heads(model, folder / "heads")
     results = summarise(probes, scores, history, adapter, watch.seconds)
-    (folder / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
+    aside = folder / ".results.part"
+    aside.write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
+    aside.replace(folder / "results.json")
     return Run(recipe, model, adapter, folder, results)
 
 
