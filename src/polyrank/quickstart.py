@@ -44,17 +44,19 @@ def quickstart_recipe(choices: Choices, seed: int, out: Path) -> Recipe:
     if choices.method not in shipped["methods"]:
         raise RecipeError(f"--method: unknown method {choices.method!r}{nearest(choices.method, shipped['methods'])}")
     content: dict[str, Any] = shipped["recipe"] | {"method": {"name": choices.method}, "out": str(out)}
-    for own in ("training.seed", "out"):
-        if any(setting.partition("=")[0].strip() == own for setting in choices.settings):
-            raise RecipeError(f"--set {own}=...: use --{own.removeprefix('training.')} (every run has its own)")
+    for key in ("training.seed", "out"):
+        if any(setting.partition("=")[0].strip() == key for setting in choices.settings):
+            raise RecipeError(f"--set {key}=...: use --{key.removeprefix('training.')} (every run has its own)")
+    own = shipped["methods"][choices.method]
+    if choices.model is not None:  # the shipped targets name MiniLM's layers
+        content["model"] = choices.model
+        own = {key: value for key, value in own.items() if key != "targets"}
     settings = [
-        *(f"{key}={value}" for key, value in shipped["methods"][choices.method].items()),
+        *(f"{key}={value}" for key, value in own.items()),
         f"training.seed={seed}",
         *([] if choices.steps is None else [f"training.steps={choices.steps}"]),
         *choices.settings,
     ]
-    if choices.model is not None:
-        content["model"] = choices.model
     for setting in settings:
         apply_setting(content, setting)
     return check_recipe(content, "quickstart", Path.cwd())
