@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "saving": {"mixture", "methods"},
     "files": set(),
     "adapt": {"mixture", "methods", "targets", "summary", "files", "saving"},
+    "checkpoint": {"files"},
     "manifest": set(),
     "assets": {"manifest"},
     "data": {"assets", "tasks"},

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 from typer.testing import CliRunner, Result
 
 import tiny
 from polyrank.cli import app
 from polyrank.methods import METHODS
+from polyrank.recipe.reading import parse_yaml
 from test_recipe import save_examples
 
 
@@ -39,9 +41,44 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(folder: Path):
+    before = sorted(folder.rglob("*"))
+    more = ("--set", "method.rank=3", "--set", "training.steps=300", "--out", folder / "dry")
+    result = call("train", folder / "r.yaml", "--dry-run", *more)
+    assert result.exit_code == 0, result.output
+    for expected in (
+        "task mood: ",
+        "2 labels (bad 24, good 24)",
+        "trainable parameters",
+        "300, about",
+        "s a step here",
+    ):
+        assert expected in result.output
+    assert "test texts also stand in its training data" in result.output  # true of these tiny sentences
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_the_schema_of_recipes_accepts_what_we_ship_and_refuses_what_we_refuse(folder: Path):
+    schema = json.loads(call("schema").output)
+    Draft202012Validator.check_schema(schema)
+    validator = Draft202012Validator(schema)
+    for path in (Path(__file__).parent.parent / "recipes").glob("*.yaml"):
+        validator.validate(parse_yaml(path.read_text(), path.name))
+    good = yaml.safe_load((folder / "r.yaml").read_text())
+    validator.validate(good)
+    for bad in (
+        {"modle": "x"},
+        {"method": {"name": "lora", "num_reflections": 2}},
+        {"method": {"name": "mooer"}},
+        {"training": {"steps": 0}},
+        {"training": {"mixing": {"sampling": "unfair"}}},
+    ):
+        assert not validator.is_valid(good | bad), bad
+
+
 def test_help_teaches_with_examples():
     assert "polyrank quickstart" in call("--help").output
-    for command in ("quickstart", "train", "eval", "predict", "methods"):
+    for command in ("quickstart", "train", "eval", "predict", "methods", "schema"):
         result = call(command, "--help")
         assert result.exit_code == 0 and f"polyrank {command}" in result.output
     assert call("--version").output.startswith("polyrank ")

@@ -1,11 +1,15 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 import tiny
-from polyrank.mixing import Corpus, Proportional, Tempered
+from polyrank.mixing import Corpus, Mixing, Proportional
 from polyrank.tasks import MISSING, Examples
 
+BATCHES = ("mixed", "one_task")
+SAMPLING = ("proportional", "temperature", "uniform", "exponential")
 LENGTHS = st.lists(st.lists(st.integers(1, 64), max_size=40), min_size=1, max_size=4).filter(any)
 
 
@@ -24,14 +28,10 @@ def test_every_example_once_per_epoch(lengths, batch_size, seed, window):
 
 @settings(deadline=None, max_examples=40)
 @given(LENGTHS, st.integers(1, 9), st.integers(0, 5), st.lists(st.integers(0, 200), min_size=1, max_size=9))
-@pytest.mark.parametrize("kind", ["proportional", "tempered"])
-def test_a_step_is_a_pure_function_of_seed_and_step(kind, lengths, batch_size, seed, steps):
+@pytest.mark.parametrize("mixing", [Mixing(sampling=s, batches=b) for s in SAMPLING for b in BATCHES], ids=str)
+def test_a_step_is_a_pure_function_of_seed_and_step(mixing, lengths, batch_size, seed, steps):
     def fresh():
-        return (
-            Proportional(lengths, batch_size, seed)
-            if kind == "proportional"
-            else Tempered(lengths, batch_size, seed, 2)
-        )
+        return mixing.sampler(lengths, batch_size, seed)
 
     used = fresh()
     assert [used.batch(step) for step in steps] == [fresh().batch(step) for step in steps]
@@ -74,17 +74,32 @@ def test_a_step_mixes_tasks_of_different_lengths():
         assert 4 < sum(t for t, _ in sampler.batch(step)) < 28
 
 
-def test_temperature_turns_proportional_into_uniform():
+@pytest.mark.parametrize("batches", ["mixed", "one_task"])
+@pytest.mark.parametrize(
+    ("fields", "share"),
+    [
+        ({"sampling": "proportional"}, 0.9),
+        ({"sampling": "temperature", "temperature": 1.0}, 0.9),
+        ({"sampling": "temperature", "temperature": 2.0}, 0.75),  # sqrt(900) : sqrt(100) is 3 : 1
+        ({"sampling": "temperature", "temperature": float("inf")}, 0.5),
+        ({"sampling": "uniform"}, 0.5),
+        ({"sampling": "exponential"}, math.exp(0.9) / (math.exp(0.9) + math.exp(0.1))),
+    ],
+)
+def test_the_share_of_each_task_is_what_the_rule_says(batches: str, fields: dict, share: float):
     lengths = [[1] * 900, [1] * 100, []]
-    shares = []
-    for temperature in (1.0, float("inf")):
-        sampler = Tempered(lengths, 50, 0, temperature)
-        tasks = [t for step in range(64) for t, _ in sampler.batch(step)]
-        assert 2 not in tasks
-        shares.append(tasks.count(0) / len(tasks))
-    assert shares == pytest.approx([0.9, 0.5], abs=0.03)
-    with pytest.raises(ValueError, match=r"temperature 0\.5"):
-        Tempered(lengths, 50, 0, 0.5)
+    sampler = Mixing(batches=batches, length_window=4, **fields).sampler(lengths, 50 if batches == "mixed" else 2, 0)
+    steps = [[t for t, _ in sampler.batch(step)] for step in range(100 if batches == "mixed" else 2400)]
+    drawn = [t for step in steps for t in step]
+    assert 2 not in drawn
+    assert drawn.count(0) / len(drawn) == pytest.approx(share, abs=0.03)
+    if batches == "one_task":
+        assert all(len(set(step)) == 1 for step in steps)
+
+
+def test_a_temperature_below_one_is_refused():
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        Mixing(sampling="temperature", temperature=0.5)
 
 
 def test_nothing_to_draw_is_an_error():

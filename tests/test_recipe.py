@@ -145,7 +145,7 @@ def recipe_file(tmp_path: Path) -> Path:
 
 def test_a_run_comes_back_from_its_folder(recipe_file: Path, tmp_path: Path):
     finished = run(read_recipe(recipe_file), progress=False)
-    names = {path.name for path in (tmp_path / "run").iterdir()}
+    names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
     assert names == {"recipe.yaml", "metrics.jsonl", "adapter", "heads", "results.json"}
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["mean"]["adapted"] == pytest.approx(sum(r["adapted"] for r in results["tasks"].values()) / 2)

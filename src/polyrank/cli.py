@@ -34,19 +34,26 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a fini
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """A user's error is one message and exit code 2; a training that diverged is exit code 1."""
+    """A user's error is one message and exit code 2; training that diverged is 1, that signal n stopped 128 + n."""
     from polyrank.assets import AssetError
+    from polyrank.checkpoint import CheckpointError, Interrupted
     from polyrank.recipe import RecipeError
     from polyrank.train import Diverged
 
     try:
         yield
-    except (RecipeError, AssetError) as error:
+    except (RecipeError, AssetError, CheckpointError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     except Diverged as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+    except Interrupted as stop:
+        typer.echo(f"{stop}; the same command with --resume goes on from there", err=True)
+        raise typer.Exit(128 + stop.signum) from stop
+    except KeyboardInterrupt as stop:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from stop
 
 
 def quiet_libraries() -> None:
@@ -116,6 +123,14 @@ def train(
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default: the recipe's.")] = None,
     overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Load everything, take a few steps, say what it would cost; write nothing."),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the newest checkpoint in the folder, if there is one."),
+    ] = False,
 ) -> None:
     """Train what a recipe describes, and write a run folder.
 
@@ -127,6 +142,12 @@ def train(
     [dim]out: runs/mine[/]
 
     [bold]polyrank train recipe.yaml --set method.name=more --set training.steps=200[/]
+
+    [bold]polyrank train recipe.yaml --dry-run[/]
+
+    Ctrl-C saves the state and stops; after that, or a power cut:
+
+    [bold]polyrank train recipe.yaml --resume[/]
     """
     with user_errors():
         from polyrank.quickstart import results_table, timing_line
@@ -137,7 +158,12 @@ def train(
         if out is not None:
             changed = changed.model_copy(update={"out": str(out)})
         console = Console()
-        finished = run(changed, overwrite=overwrite, progress=console.is_terminal)
+        if dry_run:
+            from polyrank.recipe.plan import lines, plan
+
+            console.print("\n".join(lines(plan(changed))), highlight=False, markup=False, soft_wrap=True)
+            return
+        finished = run(changed, overwrite=overwrite, resume=resume, progress=console.is_terminal)
         console.print(results_table(finished.results))
         console.print(timing_line(finished.results), style="dim", highlight=False)
         console.print(f"The run is in {finished.folder}", highlight=False)
@@ -230,6 +256,21 @@ def read_texts(texts: list[str], file: Path | None) -> list[str]:
             'no text: give one in quotes, name a --file, or pipe lines in: echo "..." | polyrank predict RUN'
         )
     return texts
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, with which editors complete and check them.
+
+    [bold]polyrank schema > recipe.schema.json[/]
+
+    then, as the first line of a recipe:
+
+    [dim]# yaml-language-server: $schema=recipe.schema.json[/]
+    """
+    from polyrank.recipe.schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=1))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Folders of tensors that are whole or not there: safetensors files and a JSON manifest with their SHA-256.
+"""Folders of tensors that are whole or not there: safetensors files, and a JSON manifest with all checksums.
 
 A folder is written aside, flushed to disk and renamed, so a cut never leaves half of one and never loses the last one.
 Nothing is ever unpickled.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+SEAL = b',\n "sha256": "'
 _RESERVED = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(1, 10)), *(f"lpt{i}" for i in range(1, 10))}
 
 
@@ -63,7 +64,7 @@ def write_folder(path: str | Path, tensors: Mapping[str, Mapping[str, Tensor]], 
             for file, group in tensors.items()
         }
         text = json.dumps({"schema": SCHEMA, **manifest, "files": sums}, indent=1, allow_nan=False)
-        _write_bytes(aside / MANIFEST, text.encode())
+        _write_bytes(aside / MANIFEST, sealed(text))
         aside.chmod(0o755)
         _flush_folder(aside)
         _swap(aside, path)
@@ -102,6 +103,12 @@ def read_folder(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     return tensors, manifest
 
 
+def sealed(text: str) -> bytes:
+    """A JSON object of several lines, with the SHA-256 of all bytes before it as its last value."""
+    head = text.removesuffix("\n}").encode() + SEAL
+    return head + hashlib.sha256(head).hexdigest().encode() + b'"\n}'
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in pairs}) != len(pairs):
@@ -114,7 +121,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > 1 << 28:
             raise ValueError("larger than 256 MiB")
-        manifest = json.loads(path.read_text("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        data = path.read_bytes()
+        head = data.rpartition(SEAL)[0]
+        manifest = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=refuse)
+        if data != sealed(head.decode() + "\n}"):
+            raise ValueError("it is not what was written (SHA-256 differs)")
         if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
             raise ValueError("no list of files")
     except (ValueError, RecursionError) as error:
@@ -136,6 +147,13 @@ def _write_tensors(path: Path, group: Mapping[str, Tensor]) -> str:
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in group.items()})
     _write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small text file as a whole: written aside, flushed and renamed."""
+    aside = path.with_name(f".{path.name}.part")
+    _write_bytes(aside, text.encode())
+    aside.replace(path)
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

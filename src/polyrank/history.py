@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from polyrank.files import write_text
+
 
 @dataclass
 class History:
@@ -26,8 +28,9 @@ class History:
 class Log:
     """Fills a history, writes metrics.jsonl and moves the progress bar; only the first process writes and shows."""
 
-    def __init__(self, folder: Path | None, progress: bool, steps: int, main: bool) -> None:
-        self.history = History()
+    def __init__(self, folder: Path | None, progress: bool, steps: int, main: bool, first: int = 0) -> None:
+        """`first`: the step that a resumed run goes on from; the lines up to it stay, later ones will come again."""
+        self.history, self.first, self.main = History(), first, main
         self.path = folder / "metrics.jsonl" if folder is not None and main else None
         columns = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
         self.bar = Progress(
@@ -38,13 +41,31 @@ class Log:
 
     def __enter__(self) -> "Log":
         if self.path is not None:
-            self.path.write_text("", encoding="utf-8")
+            self._keep(self.path)
+        self.bar.update(self.row, completed=self.first)
         self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
         self.history.seconds = time.perf_counter() - self.start
+
+    def _keep(self, path: Path) -> None:
+        """Cut the file after the step that training goes on from."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        old = path.read_text(encoding="utf-8").splitlines() if self.first and path.is_file() else []
+        kept = [line for line in old if (entry := _entry(line)) is not None and entry["step"] <= self.first]
+        for line in kept:
+            entry = json.loads(line)
+            (self.history.steps if "loss" in entry else self.history.evaluations).append(entry)
+        if kept:
+            self.start -= json.loads(kept[-1])["seconds"]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def say(self, message: str) -> None:
+        """A line above the progress bar; the first process speaks."""
+        if self.main:
+            self.bar.console.print(message, style="dim", highlight=False, markup=False)
 
     def step(self, step: int, loss: float, losses: dict[str, float], lr: float, norm: float, taken: bool) -> None:
         self.history.skipped += not taken
@@ -64,6 +85,15 @@ class Log:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, allow_nan=False) + "\n")
         return entry
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    """One line of metrics.jsonl, or None for the torn last line of a killed run."""
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
 
 
 def _finite(value: float) -> float | None:

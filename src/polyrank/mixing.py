@@ -10,12 +10,14 @@ the window is 1 unless told.
 
 import bisect
 import itertools
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from polyrank.tasks import Examples, Task, pad_id
@@ -80,21 +82,27 @@ class Proportional:
         return batches
 
 
-class Tempered:
-    """Tasks drawn with probability proportional to size ** (1 / temperature), examples uniformly, with replacement.
+class Weighted:
+    """Tasks drawn with given weights, examples uniformly, both with replacement.
 
-    temperature 1 draws in proportion to the sizes; a large temperature (float("inf") too) draws tasks uniformly.
+    With `one_task` all examples of a step are of one task, drawn once for the step.
     """
 
     def __init__(
-        self, lengths: Sequence[Sequence[int]], batch_size: int, seed: int, temperature: float, window: int = 1
+        self,
+        lengths: Sequence[Sequence[int]],
+        batch_size: int,
+        seed: int,
+        weights: Sequence[float],
+        one_task: bool = False,
+        window: int = 1,
     ) -> None:
+        """weights[t] >= 0, in any unit; a task without examples is never drawn."""
         _check(lengths, batch_size, window)
-        if not temperature >= 1:
-            raise ValueError(f"temperature {temperature}: give 1 (proportional) or more (towards uniform)")
         self.lengths, self.batch_size, self.seed, self.window = lengths, batch_size, seed, window
-        weights = [len(of_task) ** (1 / temperature) if of_task else 0.0 for of_task in lengths]
-        self.cumulative = [sum(weights[: k + 1]) for k in range(len(weights))]
+        self.one_task = one_task
+        alive = [weight if of_task else 0.0 for weight, of_task in zip(weights, lengths, strict=True)]
+        self.cumulative = list(itertools.accumulate(alive))
         self._last: tuple[int, list[list[Pick]]] = (-1, [])
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> list[Pick]:
@@ -103,14 +111,56 @@ class Tempered:
             self._last = (number, self._window(number))
         return _slice(self._last[1][position], part, parts)
 
+    def _task(self, rng: random.Random) -> int:
+        return bisect.bisect_right(self.cumulative, rng.random() * self.cumulative[-1])
+
     def _window(self, number: int) -> list[list[Pick]]:
         rng = random.Random(f"{self.seed}/{number}")
-        picks: list[Pick] = []
-        for _ in range(self.window * self.batch_size):
-            task = bisect.bisect_right(self.cumulative, rng.random() * self.cumulative[-1])
-            picks.append((task, rng.randrange(len(self.lengths[task]))))
-        bounds = range(0, len(picks) + 1, self.batch_size)
-        return _cut(picks, bounds, self.lengths, rng)
+        if self.one_task:
+            tasks = [task for task in (self._task(rng) for _ in range(self.window)) for _ in range(self.batch_size)]
+        else:
+            tasks = [self._task(rng) for _ in range(self.window * self.batch_size)]
+        picks = [(task, rng.randrange(len(self.lengths[task]))) for task in tasks]
+        if self.one_task:  # sorting over the window would mix them again
+            steps = [picks[k : k + self.batch_size] for k in range(0, len(picks), self.batch_size)]
+            return [_cut(step, (0, len(step)), self.lengths, rng)[0] for step in steps]
+        return _cut(picks, range(0, len(picks) + 1, self.batch_size), self.lengths, rng)
+
+
+class Mixing(BaseModel):
+    """How steps draw from the tasks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    sampling: Literal["proportional", "temperature", "uniform", "exponential"] = Field(
+        default="proportional",
+        description="proportional: every example once per epoch. The others draw tasks: by size^(1/temperature), "
+        "equally, or by exp(share of the examples), as MoRE does",
+    )
+    temperature: float = Field(default=2.0, ge=1, description="of sampling: temperature; 1 is proportional")
+    batches: Literal["mixed", "one_task"] = Field(
+        default="mixed", description="one_task: all examples of a step are of one task"
+    )
+    length_window: int = Field(
+        default=1, ge=1, description="steps over which texts are grouped by length: less padding, less mixing"
+    )
+
+    def sampler(self, lengths: Sequence[Sequence[int]], batch_size: int, seed: int) -> Sampler:
+        """The sampler of these settings; lengths[t][i]: tokens of example i of task t.
+
+        Raises:
+            ValueError: no task has an example.
+        """
+        if self.sampling == "proportional" and self.batches == "mixed":
+            return Proportional(lengths, batch_size, seed, self.length_window)
+        sizes = [len(of_task) for of_task in lengths]
+        weights = {
+            "proportional": [float(size) for size in sizes],
+            "temperature": [size ** (1 / self.temperature) for size in sizes],
+            "uniform": [1.0] * len(sizes),
+            "exponential": [math.exp(size / max(1, sum(sizes))) for size in sizes],
+        }[self.sampling]
+        return Weighted(lengths, batch_size, seed, weights, self.batches == "one_task", self.length_window)
 
 
 def _check(lengths: Sequence[Sequence[int]], batch_size: int, window: int) -> None:

@@ -107,6 +107,11 @@ class Task:
             )
         return [index[label] for label in examples.labels]
 
+    def leaked(self) -> list[str]:
+        """The test texts that also stand in the training data, whatever their case and white space."""
+        seen = {_plain(text) for text in self.train.texts}
+        return [text for text in self.test.texts if _plain(text) in seen]
+
     def head(self, width: int) -> nn.Linear:
         """A fresh linear head: (..., D) -> (..., C), small weights and zero bias."""
         head = nn.Linear(width, len(self.labels))
@@ -117,6 +122,10 @@ class Task:
     def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The sum of the cross-entropies of the valid labels, in nats: logits (n, C), labels (n,) -> scalar."""
         return F.cross_entropy(logits, labels, ignore_index=MISSING, reduction="sum")
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:

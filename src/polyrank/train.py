@@ -5,23 +5,28 @@
 S_t and N_t go over the whole accumulated step of all processes. The labels are known before the forwards, so the counts
 are summed first and every micro-batch divides by the global count: however a step is split, its gradient is the same.
 Gradients are summed over processes by hand: a head or an expert that no sample of a process used just adds zero.
+
+Everything a step needs is a function of (seed, step) and of the state that checkpoints hold, so a resumed run equals an
+uninterrupted one bit for bit.
 """
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from polyrank.checkpoint import Interrupted, Signals, refuse_checkpoints, save_checkpoint
 from polyrank.evaluate import mean, score
 from polyrank.history import History, Log
-from polyrank.mixing import Batch, Corpus, Proportional
+from polyrank.mixing import Batch, Corpus, Mixing, Sampler
 from polyrank.tasks import Examples, MultiTaskModel, Task
+from polyrank.train_state import Best, Running, Trainable
 
 PATIENCE = 10  # rejected steps in a row before training gives up
 
@@ -50,7 +55,11 @@ class Training(BaseModel):
     holdout: float = Field(
         default=0.1, ge=0, lt=1, description="share of each task's training examples held out to choose the step"
     )
+    checkpoint_every: int = Field(
+        default=100, ge=0, description="steps between two checkpoints in the run folder; 0: only when interrupted"
+    )
     max_holdout: int = Field(default=100, ge=0, description="at most this many held-out examples per task")
+    mixing: Mixing = Mixing()
     task_weights: dict[str, float] | None = Field(
         default=None, description="w_t of each task; default: its share of the labels"
     )
@@ -63,18 +72,6 @@ class Training(BaseModel):
             return (step + 1) / rise
         left = (self.steps - step) / max(1, self.steps - rise)  # 1 -> 0
         return left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
-
-
-class Trainable(Protocol):
-    """What the loop needs of an adapter."""
-
-    def losses(self) -> dict[str, Tensor]: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]: ...
-    def after_step(self) -> None: ...
-    def state_dict(self) -> dict[str, Tensor]: ...
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
-    def enable_checkpointing(self) -> None: ...
 
 
 class Diverged(RuntimeError):
@@ -101,14 +98,19 @@ def train(
     training: Training,
     folder: Path | None = None,
     progress: bool = True,
+    resume: bool = False,
 ) -> History:
     """Train the adapter and the heads in place; on return they are those of the best held-out step.
 
-    With `folder`, every step and every look at the held-out examples is a line of `folder/metrics.jsonl`.
+    With `folder`, every step and every look at the held-out examples is a line of `folder/metrics.jsonl`, the state is
+    kept in `folder/checkpoints`, and SIGINT and SIGTERM save it before they stop the run. With `resume`, training goes
+    on from the newest complete checkpoint there, or from the start where there is none.
 
     Raises:
         ValueError: tasks that are not the model's, no training examples.
         Diverged: ten steps in a row with a loss or gradient that is not finite; the best step so far is put back.
+        Interrupted: a signal; the state was saved.
+        CheckpointError: a checkpoint could not be written, or belongs to another run.
     """
     if [(t.name, t.labels) for t in tasks] != [(t.name, t.labels) for t in model.tasks]:
         raise ValueError("these tasks are not the model's: build MultiTaskModel from the same list of tasks")
@@ -119,20 +121,24 @@ def train(
     kept, held = split(tasks, training)
     corpus, held_out = (Corpus.of(tasks, part, model.tokenizer, model.max_length) for part in (kept, held))
     _check_parts(corpus, training, accelerator)
-    sampler = Proportional(corpus.lengths, training.batch_size, training.seed)
+    sampler = training.mixing.sampler(corpus.lengths, training.batch_size, training.seed)
     parameters, optimizer = build_optimizer(model, adapter, training)
     share_weights(parameters, accelerator)
 
+    run = Running(model, adapter, optimizer, training.accumulation)
+    first = 0 if folder is None else run.restore(folder) if resume else refuse_checkpoints(folder)
+    main = accelerator.is_main_process
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), Log(folder, progress, training.steps, accelerator.is_main_process) as log:
-        best = Best(model, adapter)
-        best.look(0, held_out, training, accelerator, log)
-        for step in range(training.steps):
+    log = Log(folder, progress, training.steps, main, first)
+    with torch.random.fork_rng(devices), log, Signals(folder is not None) as signals:
+        run.start(log)
+        if first == 0:
+            look(run.best, 0, held_out, training, accelerator, log)
+        for step in range(first, training.steps):
             torch.manual_seed(hash((training.seed, step, accelerator.process_index)))  # noise depends on nothing else
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * training.rate(step)
-            batches = micro_batches(sampler, corpus, step, training.accumulation, accelerator)
-            loss, losses = backward(model, adapter, batches, training, accelerator)
+            loss, losses = backward_within_memory(run, sampler, corpus, step, training, accelerator, log)
             norm = sum_gradients(parameters, accelerator)
             taken = math.isfinite(loss) and math.isfinite(norm)  # sums over all processes, so all of them agree
             if taken:
@@ -142,14 +148,21 @@ def train(
             optimizer.zero_grad(set_to_none=False)
             log.step(step + 1, loss, losses, training.lr * training.rate(step), norm, taken)
             if log.history.skipped_in_a_row == PATIENCE:
-                best.restore()
+                run.best.restore()
                 raise Diverged(
                     f"the last {PATIENCE} steps, up to step {step + 1}, had a loss or gradient that is not finite and "
                     "were not taken: lower lr and head_lr, or set precision to fp32"
                 )
-            if (step + 1) % training.eval_every == 0 or step + 1 == training.steps:
-                best.look(step + 1, held_out, training, accelerator, log)
-    best.restore()
+            last = step + 1 == training.steps
+            if (step + 1) % training.eval_every == 0 or last:
+                look(run.best, step + 1, held_out, training, accelerator, log)
+            due = training.checkpoint_every and ((step + 1) % training.checkpoint_every == 0 or last)
+            stop = agreed(signals.received, accelerator)
+            if folder is not None and main and (due or stop):
+                save_checkpoint(folder, run.checkpoint(step + 1, log.history))
+            if folder is not None and stop:
+                raise Interrupted(stop, step + 1, folder)
+    run.best.restore()
     model.eval()
     return log.history
 
@@ -167,31 +180,15 @@ def build_optimizer(
     return [*adapter.parameters(), *heads], torch.optim.AdamW(groups)
 
 
-class Best:
-    """The best state on the held-out examples, kept in main memory; of equals the later, without examples the last."""
-
-    def __init__(self, model: MultiTaskModel, adapter: Trainable) -> None:
-        self.model, self.adapter, self.score = model, adapter, -1.0
-        self.state: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-
-    def look(self, step: int, held_out: Corpus, training: Training, accelerator: Accelerator, log: Log) -> None:
-        with autocast(accelerator.device, training.precision):
-            scores = score(self.model, held_out)
-        found = (
-            float(total(torch.tensor(mean(scores), device=accelerator.device), accelerator)) / accelerator.num_processes
-        )
-        log.evaluation(step, scores, found)
-        if found >= self.score:
-            self.score, log.history.best_step, log.history.best_score = found, step, found
-            first, second = (
-                {key: value.detach().cpu().clone() for key, value in state.items()}
-                for state in (self.adapter.state_dict(), self.model.heads.state_dict())
-            )
-            self.state = (first, second)
-
-    def restore(self) -> None:
-        self.adapter.load_state_dict(self.state[0])
-        self.model.heads.load_state_dict(self.state[1])
+def look(best: Best, step: int, held_out: Corpus, training: Training, accelerator: Accelerator, log: Log) -> None:
+    """Score the held-out examples, and keep the state if it is the best so far."""
+    with autocast(accelerator.device, training.precision):
+        scores = score(best.model, held_out)
+    here = torch.tensor(mean(scores), device=accelerator.device)
+    found = float(total(here, accelerator)) / accelerator.num_processes
+    log.evaluation(step, scores, found)
+    if best.offer(step, found):
+        log.history.best_step, log.history.best_score = step, found
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -214,7 +211,7 @@ def _check_parts(corpus: Corpus, training: Training, accelerator: Accelerator) -
 
 
 def micro_batches(
-    sampler: Proportional, corpus: Corpus, step: int, accumulation: int, accelerator: Accelerator
+    sampler: Sampler, corpus: Corpus, step: int, accumulation: int, accelerator: Accelerator
 ) -> list[Batch]:
     """This process's share of a step; empty parts, in a step with fewer examples than parts, are left out."""
     parts = accelerator.num_processes * accumulation
@@ -249,6 +246,36 @@ def backward(
     return float((sums * weights).sum() + extra), losses
 
 
+def backward_within_memory(
+    run: Running,
+    sampler: Sampler,
+    corpus: Corpus,
+    step: int,
+    training: Training,
+    accelerator: Accelerator,
+    log: Log,
+) -> tuple[float, dict[str, float]]:
+    """`backward` of one whole step; out of memory, with twice as many micro-batches from then on: the same gradient."""
+    while True:
+        batches = micro_batches(sampler, corpus, step, run.accumulation, accelerator)
+        try:
+            return backward(run.model, run.adapter, batches, training, accelerator)
+        except (RuntimeError, MemoryError) as error:
+            single = all(len(batch.task_ids) == 1 for batch in batches)
+            if not out_of_memory(error) or single or accelerator.num_processes > 1:
+                raise
+        run.optimizer.zero_grad(set_to_none=False)
+        run.accumulation *= 2
+        log.say(f"out of memory at step {step + 1}: each step is cut into {run.accumulation} micro-batches from now on")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on an accelerator or in main memory."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def task_factors(counts: Tensor, names: Sequence[str], task_weights: Mapping[str, float] | None) -> Tensor:
     """w_t / N_t (T,): what a sum of losses is multiplied by; finite where a task has no valid label in this step."""
     if task_weights is None:
@@ -276,6 +303,15 @@ def total(x: Tensor, accelerator: Accelerator) -> Tensor:
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(x)
     return x
+
+
+def agreed(signum: int, accelerator: Accelerator) -> int:
+    """The signal that any process received, or 0: all stop after the same step."""
+    if accelerator.num_processes == 1:
+        return signum
+    found = torch.tensor(signum, device=accelerator.device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found)
 
 
 def share_weights(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:

@@ -12,6 +12,7 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from polyrank.methods import METHODS
+from polyrank.mixing import Mixing
 from polyrank.recipe.schema import Recipe, TaskSource, nearest
 from polyrank.train import Training
 
@@ -145,6 +146,8 @@ def _known(keys: Sequence[str], content: Mapping[str, Any]) -> Iterable[str]:
             return Recipe.model_fields
         case ["training"]:
             return Training.model_fields
+        case ["training", "mixing"]:
+            return Mixing.model_fields
         case ["tasks", _]:
             return TaskSource.model_fields
         case ["method"]:

@@ -1,7 +1,4 @@
-"""From a recipe to a run folder, and back to a model that answers.
-
-RUN/recipe.yaml  metrics.jsonl  adapter/  heads/  results.json        results.json is written last: it says "complete"
-"""
+"""From a recipe to a run folder, and back to a model that answers."""
 
 import json
 import platform
@@ -14,23 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from polyrank.adapt import Adapter, adapt
 from polyrank.assets import model_folder
+from polyrank.checkpoint import FOLDER as CHECKPOINTS, CheckpointError
 from polyrank.data import DATASETS, load, read_file
 from polyrank.evaluate import evaluate, mean
+from polyrank.files import write_text
 from polyrank.history import History
 from polyrank.manifest import MODELS
 from polyrank.probe import Features, Probe, probe, start_heads
-from polyrank.recipe.reading import RecipeError, read_recipe, write_recipe
+from polyrank.recipe.folder import check_folder, check_same, claimed, start_folder
+from polyrank.recipe.reading import RecipeError, read_recipe
 from polyrank.recipe.schema import Recipe, TaskSource, nearest
 from polyrank.tasks import Examples, MultiTaskModel, Task, load_heads, save_heads
 from polyrank.train import split, train
 
 POOLER = r"(.*\.)?pooler(\..*)?"  # a pooler takes no part in masked-mean pooling: never adapted
-FILES = ("results.json", "recipe.yaml", "metrics.jsonl", "adapter", "heads")  # the first says "complete": it goes first
 
 
 @dataclass(frozen=True)
@@ -114,78 +114,97 @@ def load_tasks(recipe: Recipe) -> tuple[Task, ...]:
         raise RecipeError(str(error)) from error
 
 
-def check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse, before any work, a folder that holds results or something that is no run.
-
-    Raises:
-        RecipeError: with the cure.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir() or any(
-        entry.name not in FILES for entry in folder.iterdir() if not entry.name.startswith(".")
-    ):
-        raise RecipeError(f"{folder} exists and is no run folder: choose another with --out")
-    if (folder / "results.json").exists() and not overwrite:
-        raise RecipeError(
-            f"{folder} already holds a finished run: choose another with --out, or replace it with --overwrite"
-        )
-
-
-def run(recipe: Recipe, *, overwrite: bool = False, progress: bool = True, features: Features | None = None) -> Run:
+def run(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: bool = True,
+    features: Features | None = None,
+) -> Run:
     """Load everything, measure the frozen model, train, score the test examples, and write the run folder.
 
-    `features` may be kept between runs of one model: what it has computed is not computed again.
+    `features` may be kept between runs of one model: what it has computed is not computed again. `resume` goes on from
+    the newest complete checkpoint of the folder; it starts a run that has none, and only loads one that is finished.
 
     Raises:
-        RecipeError: something that the recipe asks for is not there; nothing is written.
+        RecipeError: something that the recipe asks for is not there, or the folder is in use; nothing is written.
+        CheckpointError: a checkpoint cannot be written or is of another run.
+        Interrupted: a signal stopped training; its state was saved.
         Diverged: training met losses that are not finite.
     """
     folder = Path(recipe.out)
-    check_folder(folder, overwrite)
+    check_folder(folder, overwrite, resume)
+    with claimed(folder):
+        going_on = resume and (folder / "recipe.yaml").is_file()
+        if going_on:
+            check_same(recipe, folder)
+            if (folder / "results.json").is_file():
+                return load_run(folder)
+        return _run(recipe, folder, going_on, progress, features)
+
+
+def notices(tasks: Sequence[Task]) -> list[str]:
+    """What a person should know of the data before believing a score."""
+    return [
+        f"task {task.name!r}: {len(leaked)} of {len(task.test)} test texts also stand in its training data, "
+        f"such as {leaked[0][:60]!r}: its test score will flatter"
+        for task in tasks
+        if (leaked := task.leaked())
+    ]
+
+
+def build(
+    recipe: Recipe, tasks: Sequence[Task], backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[MultiTaskModel, Adapter]:
+    """The model with fresh heads and a fresh adapter.
+
+    Raises:
+        RecipeError: targets and method do not fit the model.
+    """
+    torch.manual_seed(recipe.training.seed)
+    model = MultiTaskModel(backbone, tokenizer, tasks, recipe.max_length)
+    names = [task.name for task in tasks]
+    try:
+        adapter = adapt(backbone, recipe.build_method(), tasks=names, targets=recipe.targets, exclude=POOLER)
+    except ValueError as error:
+        raise RecipeError(f"targets and method do not fit the model {recipe.model!r}: {error}") from error
+    return model, adapter
+
+
+def _run(recipe: Recipe, folder: Path, resume: bool, progress: bool, features: Features | None) -> Run:
     watch = Stopwatch()
     tasks = load_tasks(recipe)
+    for notice in notices(tasks):
+        Console(stderr=True).print(f"note: {notice}", style="yellow", highlight=False, markup=False)
     watch.lap("data")
     backbone, tokenizer = load_backbone(recipe.model)
     watch.lap("model")
     features = features or Features(backbone, tokenizer, recipe.max_length)
     probes = probe_all(tasks, recipe, features, progress)
     watch.lap("frozen")
-    torch.manual_seed(recipe.training.seed)
-    model = MultiTaskModel(backbone, tokenizer, tasks, recipe.max_length)
-    try:
-        adapter = adapt(
-            backbone, recipe.build_method(), tasks=[t.name for t in tasks], targets=recipe.targets, exclude=POOLER
-        )
-    except ValueError as error:
-        raise RecipeError(f"targets and method do not fit the model {recipe.model!r}: {error}") from error
+    model, adapter = build(recipe, tasks, backbone, tokenizer)
     if recipe.heads == "probe":
         start_heads(model.heads, probes)
-    start_folder(recipe, folder)
+    if not resume:
+        start_folder(recipe, folder)
     watch.lap("adapt")
-    history = train(model, adapter, tasks, recipe.training, folder, progress)
+    history = train(model, adapter, tasks, recipe.training, folder, progress, resume)
     watch.lap("training")
     scores = evaluate(model, {task.name: task.test for task in tasks}, progress=progress)
     watch.lap("test")
-    adapter.save(folder / "adapter")
-    save_heads(model, folder / "heads")
     results = summarise(probes, scores, history, adapter, watch.seconds)
-    aside = folder / ".results.part"
-    aside.write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
-    aside.replace(folder / "results.json")
+    try:
+        adapter.save(folder / "adapter")
+        save_heads(model, folder / "heads")
+        write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    except OSError as error:
+        raise CheckpointError(
+            f"the results cannot be written to {folder}: {error.strerror or error}. Make room, or write "
+            "permission, then continue with --resume"
+        ) from error
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # a finished run needs none
     return Run(recipe, model, adapter, folder, results)
-
-
-def start_folder(recipe: Recipe, folder: Path) -> None:
-    """Make the folder, or empty it of an earlier run, and write the complete recipe."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    write_recipe(recipe, folder / "recipe.yaml")
 
 
 def probe_all(tasks: Sequence[Task], recipe: Recipe, features: Features, progress: bool) -> dict[str, Probe]:

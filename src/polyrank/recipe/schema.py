@@ -93,6 +93,21 @@ class Recipe(_Part):
         return METHODS[self.method["name"]](**fields)
 
 
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe file, each method's own fields included."""
+    schema = Recipe.model_json_schema()
+    choices: list[dict[str, Any]] = []
+    for name, kind in METHODS.items():
+        own = TypeAdapter(kind).json_schema()
+        schema["$defs"] |= own.pop("$defs", {})
+        own["properties"] = {"name": {"const": name}, **own["properties"]}
+        choices.append({**own, "required": ["name"], "additionalProperties": False})
+    schema["properties"]["method"] |= {"oneOf": choices}
+    schema["properties"]["method"].pop("additionalProperties", None)
+    schema["properties"]["tasks"]["items"] = {"anyOf": [{"type": "string"}, schema["properties"]["tasks"]["items"]]}
+    return schema
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message about an unknown name: the closest name there is, and all of them."""
     names = sorted(known)

@@ -1,0 +1,122 @@
+"""What a run would do: its data, its adapter, and a few real steps on the clock. Nothing is written."""
+
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from polyrank.recipe.runs import build, load_backbone, load_tasks, notices
+from polyrank.recipe.schema import Recipe
+from polyrank.summary import Summary
+from polyrank.tasks import Task
+from polyrank.train import split, train
+
+STEPS = 4  # the first warms up and is not counted
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """Examples by part, and how often each label stands in the training data."""
+
+    name: str
+    train: int
+    held_out: int
+    test: int
+    labels: dict[str, int]
+    missing: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    tasks: list[TaskPlan]
+    notices: list[str]
+    summary: Summary
+    steps: int
+    epochs: float
+    weights_bytes: int  # base, adapter and heads, with gradients and AdamW's two moments where they are trained
+    peak_bytes: int  # measured: of the accelerator, or of this process
+    step_seconds: float
+
+    @property
+    def training_seconds(self) -> float:
+        return self.step_seconds * self.steps
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Load everything that the run would load and take a few of its steps, on a model that is thrown away.
+
+    Raises:
+        RecipeError: as the run itself would.
+    """
+    tasks = load_tasks(recipe)
+    kept, held = split(tasks, recipe.training)
+    backbone, tokenizer = load_backbone(recipe.model)
+    model, adapter = build(recipe, tasks, backbone, tokenizer)
+    summary = adapter.summary()
+    trained = [*adapter.parameters(), *model.heads.parameters()]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    weights = sum(p.numel() * p.element_size() for p in frozen) + 4 * sum(p.numel() * p.element_size() for p in trained)
+    rehearsal = recipe.training.model_copy(update={"steps": STEPS, "max_holdout": 0, "eval_every": STEPS + 1})
+    clock = [entry["seconds"] for entry in train(model, adapter, tasks, rehearsal, progress=False).steps]
+    size = sum(len(examples) for examples in kept.values())
+    return Plan(
+        [_task_plan(task, len(kept[task.name]), len(held[task.name])) for task in tasks],
+        notices(tasks),
+        summary,
+        recipe.training.steps,
+        recipe.training.steps * recipe.training.batch_size / max(1, size),
+        weights,
+        peak_bytes(),
+        median(after - before for before, after in itertools.pairwise(clock)),
+    )
+
+
+def _task_plan(task: Task, kept: int, held: int) -> TaskPlan:
+    counts = Counter(label for label in task.train.labels if label is not None)
+    missing = sum(label is None for label in task.train.labels)
+    return TaskPlan(task.name, kept, held, len(task.test), dict(counts.most_common()), missing)
+
+
+def peak_bytes() -> int:
+    """The most memory that was in use so far: of the accelerator, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # no such thing on Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def lines(found: Plan, shown: int = 4) -> Sequence[str]:
+    """The plan in words."""
+    out = []
+    for task in found.tasks:
+        names = [f"{label} {count}" for label, count in list(task.labels.items())[:shown]]
+        more = f", {len(task.labels) - shown} more" if len(task.labels) > shown else ""
+        gap = f"; {task.missing} without a label" if task.missing else ""
+        out.append(
+            f"task {task.name}: {task.train} train + {task.held_out} held out + {task.test} test; "
+            f"{len(task.labels)} labels ({', '.join(names)}{more}){gap}"
+        )
+    minutes = found.training_seconds / 60
+    return [
+        *out,
+        *(f"note: {notice}" for notice in found.notices),
+        *str(found.summary).splitlines(),
+        f"steps                 {found.steps}, about {found.epochs:.1f} times through the training data",
+        f"memory                weights and optimiser {_size(found.weights_bytes)}; peak after {STEPS} steps "
+        f"{_size(found.peak_bytes)}",
+        f"training              {found.step_seconds:.2f} s a step here, about {minutes:.1f} min; the frozen "
+        "model's pass and the scoring come on top",
+        "nothing was written",
+    ]
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"

@@ -1,0 +1,106 @@
+"""What training carries from one step to the next, and how it goes into a checkpoint and back."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from polyrank.checkpoint import Checkpoint, CheckpointError, load_optimizer, newest, optimizer_tensors
+from polyrank.history import History, Log
+from polyrank.tasks import MultiTaskModel
+
+
+class Trainable(Protocol):
+    """What the loop needs of an adapter."""
+
+    def losses(self) -> dict[str, Tensor]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]: ...
+    def after_step(self) -> None: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+    def enable_checkpointing(self) -> None: ...
+
+
+class Best:
+    """The best state on the held-out examples, kept in main memory; of equals the later, without examples the last."""
+
+    def __init__(self, model: MultiTaskModel, adapter: Trainable) -> None:
+        self.model, self.adapter, self.step, self.score = model, adapter, 0, -1.0
+        self.weights: dict[str, dict[str, Tensor]] = {}
+
+    def offer(self, step: int, score: float) -> bool:
+        """Keep the present weights if no earlier ones scored more."""
+        if score < self.score:
+            return False
+        self.step, self.score = step, score
+        self.weights = {
+            name: {key: value.detach().cpu().clone() for key, value in state.items()}
+            for name, state in (("adapter", self.adapter.state_dict()), ("heads", self.model.heads.state_dict()))
+        }
+        return True
+
+    def restore(self) -> None:
+        self.adapter.load_state_dict(self.weights["adapter"])
+        self.model.heads.load_state_dict(self.weights["heads"])
+
+
+class Running:
+    """The weights, the optimiser, the best state so far, and the counters."""
+
+    def __init__(
+        self, model: MultiTaskModel, adapter: Trainable, optimizer: torch.optim.Optimizer, accumulation: int
+    ) -> None:
+        self.model, self.adapter, self.optimizer, self.accumulation = model, adapter, optimizer, accumulation
+        self.best = Best(model, adapter)
+        self.skipped, self.skipped_in_a_row = 0, 0
+        self.messages: list[str] = []
+
+    def checkpoint(self, step: int, history: History) -> Checkpoint:
+        tensors = {
+            "adapter": self.adapter.state_dict(),
+            "heads": self.model.heads.state_dict(),
+            "best_adapter": self.best.weights["adapter"],
+            "best_heads": self.best.weights["heads"],
+            "optimizer": optimizer_tensors(self.optimizer),
+        }
+        numbers = {
+            "best": [self.best.step, self.best.score],
+            "skipped": [history.skipped, history.skipped_in_a_row],
+            "accumulation": self.accumulation,
+        }
+        return Checkpoint(step, tensors, numbers)
+
+    def restore(self, folder: Path) -> int:
+        """Load the newest complete checkpoint of a run folder; returns its step, or 0 where there is none.
+
+        Raises:
+            CheckpointError: it belongs to another model, method or list of tasks.
+        """
+        found, passed_over = newest(folder)
+        self.messages += [f"a checkpoint was passed over: {reason}" for reason in passed_over]
+        if found is None:
+            return 0
+        try:
+            self.adapter.load_state_dict(found.tensors["adapter"])
+            self.model.heads.load_state_dict(found.tensors["heads"])
+            load_optimizer(self.optimizer, found.tensors.get("optimizer", {}))
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {found.step} in {folder} is of another run: {error}"
+            ) from error
+        self.best.weights = {name: found.tensors[f"best_{name}"] for name in ("adapter", "heads")}
+        self.best.step, self.best.score = found.numbers["best"]
+        self.skipped, self.skipped_in_a_row = found.numbers["skipped"]
+        self.accumulation = found.numbers["accumulation"]
+        self.messages.append(f"going on from the checkpoint of step {found.step}")
+        return found.step
+
+    def start(self, log: Log) -> None:
+        """Put into the log what a resumed run starts from."""
+        log.history.best_step, log.history.best_score = self.best.step, max(self.best.score, 0.0)
+        log.history.skipped, log.history.skipped_in_a_row = self.skipped, self.skipped_in_a_row
+        for message in self.messages:
+            log.say(message)
