@@ -61,7 +61,8 @@ def test_round_trip_is_exact_and_complete(tmp_path: Path):
         ({"training": {"task_weights": {"r8": 1.0}}}, r"task_weights names \['r8'\], the tasks are \['mood', 'r8'\]"),
         ({"tasks": ["a/b"]}, "task name 'a/b'"),
         ({"tasks": [{"name": "x"}]}, r"tasks\.0: give either 'data'"),
-        ({"tasks": [{"name": "x", "train": "a.csv"}]}, "both 'train' and 'test'"),
+        ({"tasks": [{"name": "x", "test": "a.csv"}]}, "perhaps 'test'"),
+        ({"tasks": [{"name": "x", "train": "a.csv", "test_share": 1.0}]}, "less than 1"),
         ({"tasks": [{"name": "x", "dat": "r8"}]}, r"tasks\.0\.dat: unknown name; did you mean 'data'\?"),
     ],
 )

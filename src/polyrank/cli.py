@@ -169,6 +169,36 @@ def train(
         console.print(f"The run is in {finished.folder}", highlight=False)
 
 
+@app.command()
+def init(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Your .jsonl and .csv files, or folders that hold them.")
+    ],
+    out: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a commented recipe from your files; asks nothing, and says what it guessed.
+
+    mood-train.jsonl and mood-test.jsonl make one task; a file alone is tested on a fifth of its texts.
+
+    [bold]polyrank init my-data/[/]
+    """
+    with user_errors():
+        from polyrank.recipe import RecipeError, read_recipe
+        from polyrank.recipe.init import propose
+
+        if out.exists():
+            raise RecipeError(f"{out} exists: choose another name with --out, or move it away")
+        text, said = propose(files, out.parent)
+        try:
+            out.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"{out} cannot be written: {error.strerror}") from error
+        read_recipe(out)
+        for line in said:
+            typer.echo(line)
+        typer.echo(f"wrote {out}; next: polyrank train {out} --dry-run")
+
+
 @app.command("eval")
 def evaluate(run: RunFolder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Score a run again, from its files, on the test examples of its recipe.

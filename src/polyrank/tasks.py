@@ -8,6 +8,7 @@ once, by the counts of the whole accumulated step of all processes.
 Shapes: B batch, L tokens, D width of the backbone, C labels of one task, T tasks.
 """
 
+import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,15 @@ class Examples:
     def select(self, rows: Iterable[int]) -> "Examples":
         rows = list(rows)
         return Examples([self.texts[i] for i in rows], [self.labels[i] for i in rows])
+
+    def split(self, share: float) -> tuple["Examples", "Examples"]:
+        """(the others, `share` of the different texts), by the SHA-256 of the text: equal texts stay together."""
+        keys = [hashlib.sha256(_plain(text).encode()).digest() for text in self.texts]
+        ranked = sorted(set(keys))
+        chosen = set(ranked[: round(share * len(ranked))])
+        sides = ([i for i, key in enumerate(keys) if (key in chosen) == side] for side in (False, True))
+        first, second = (self.select(rows) for rows in sides)
+        return first, second
 
     def sample(self, size: int, seed: str) -> "Examples":
         """At most `size` of them, in their order."""

@@ -92,11 +92,13 @@ def load_examples(source: TaskSource, recipe: Recipe) -> tuple[Examples, Example
                 raise ValueError(f"unknown data set {source.data!r}{nearest(source.data, DATASETS)}")
             splits = load(source.data, *limits, seed)
             parts = (splits.train, splits.test)
-        else:
+        elif source.test is not None:
             parts = (
                 read_file(source.train or "", source.text, source.label),
-                read_file(source.test or "", source.text, source.label),
+                read_file(source.test, source.text, source.label),
             )
+        else:
+            parts = read_file(source.train or "", source.text, source.label).split(source.test_share)
     except (ValueError, FileNotFoundError) as error:
         raise RecipeError(f"task {source.name!r}: {error}") from error
     train, test = (

@@ -17,19 +17,22 @@ class _Part(BaseModel):
 
 
 class TaskSource(_Part):
-    """Where the examples of a task come from: a built-in data set (`data`), or your files (`train` and `test`)."""
+    """Where the examples of a task come from: a built-in data set (`data`), or your files (`train`, and `test`)."""
 
     name: str
     data: str | None = None
     train: str | None = None
-    test: str | None = None
+    test: str | None = Field(default=None, description="without it, test_share of the training file's texts")
+    test_share: float = Field(
+        default=0.2, gt=0, lt=1, description="where there is no test file; the same texts whatever the seed"
+    )
     text: str = "text"
     label: str = "label"
 
     @model_validator(mode="after")
     def _one_source(self) -> "TaskSource":
-        if (self.data is None) == (self.train is None) or (self.train is None) != (self.test is None):
-            raise ValueError("give either 'data' (a built-in data set), or both 'train' and 'test' (your files)")
+        if (self.data is None) == (self.train is None) or (self.train is None and self.test is not None):
+            raise ValueError("give either 'data' (a built-in data set), or 'train' and perhaps 'test' (your files)")
         return self
 
 

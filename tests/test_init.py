@@ -1,0 +1,113 @@
+"""From somebody's files to answers, without an edit."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+import tiny
+from polyrank.cli import app
+from polyrank.recipe import read_recipe
+from polyrank.tasks import Examples
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Two tasks in different layouts, and a file that is none."""
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    mood, pet = tiny.tasks()
+    rows = [
+        {"id": str(i), "body": text, "stars": int(label == "good")}
+        for i, (text, label) in enumerate(zip(mood.train.texts, mood.train.labels, strict=True))
+    ]
+    (folder / "reviews.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for part, examples in (("train", pet.train), ("dev", pet.test)):
+        with (folder / f"pets_{part}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("animal", "sentence"), *zip(examples.labels, examples.texts, strict=True)])
+    (folder / "numbers.csv").write_text("a,b\n1,2\n3,4\n")
+    return folder
+
+
+def test_init_then_train_eval_predict_without_an_edit(files: Path, tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    made = call("init", files, "--out", recipe)
+    assert made.exit_code == 0, made.output
+    assert "classification of 'body' into 2 values of 'stars'" in made.output
+    assert "left out" in made.output and "numbers.csv" in made.output
+    found = {task.name: task for task in read_recipe(recipe).tasks}
+    assert (found["reviews"].text, found["reviews"].label, found["reviews"].test) == ("body", "stars", None)
+    assert (found["pets"].text, found["pets"].label) == ("sentence", "animal")
+    assert found["pets"].test == str(files / "pets_dev.csv")
+    assert "# classification" in recipe.read_text() or "# task reviews: classification" in recipe.read_text()
+    tiny.save_model(tmp_path / "model")
+    small = [f"model={tmp_path / 'model'}", "method.num_reflections=2", "training.steps=3", f"out={tmp_path / 'run'}"]
+    done = call("train", recipe, *(word for setting in small for word in ("--set", setting)))
+    assert done.exit_code == 0, done.output
+    scores = json.loads(call("eval", tmp_path / "run", "--json").stdout)
+    assert scores["tasks"].keys() == {"reviews", "pets"}
+    answers = call("predict", tmp_path / "run", "a good cat", "--json").stdout.splitlines()
+    assert {json.loads(answer)["label"] for answer in answers} <= {"0", "1", "cat", "dog", "fish"}
+    again = call("init", files, "--out", recipe)
+    assert again.exit_code == 2 and "exists" in again.output
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "no rows"),
+        (b"{\n", "not one JSON object per line"),
+        (b"[1]\n", "not one JSON object per line"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b'{"text": "a b"}\n{"text": "c d"}\n', "looks like labels"),
+        (b'{"label": "x"}\n{"label": "y"}\n{"label": "x"}\n{"label": "y"}\n', "holds texts"),
+    ],
+)
+def test_files_that_hold_no_task_are_named_with_the_reason(tmp_path: Path, content: bytes, reason: str):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    result = call("init", tmp_path, "--out", tmp_path / "r.yaml")
+    assert result.exit_code == 2 and reason in result.output and "a.jsonl" in result.output
+    assert not (tmp_path / "r.yaml").exists()
+    assert call("init", tmp_path / "none", "--out", tmp_path / "r.yaml").exit_code == 2
+
+
+def test_a_recipe_of_awkward_names_is_read_back(tmp_path: Path):
+    rows = [{'what: "is" # it': f"text {i}", "label": "ab"[i % 2]} for i in range(20)]
+    (tmp_path / "été & co.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = call("init", tmp_path / "été & co.jsonl", "--out", tmp_path / "r.yaml")
+    assert result.exit_code == 0, result.output
+    (task,) = read_recipe(tmp_path / "r.yaml").tasks
+    assert task.text == 'what: "is" # it' and task.train == str((tmp_path / "été & co.jsonl").resolve())
+    assert yaml.safe_load((tmp_path / "r.yaml").read_text())["tasks"][0]["name"] == task.name
+
+
+def test_no_file_is_lost_to_a_name(tmp_path: Path):
+    for place in ("one/a.jsonl", "two/a.jsonl", "two/A.csv", "con.jsonl", "one/train.jsonl", "one/test.jsonl"):
+        path = tmp_path / place
+        path.parent.mkdir(exist_ok=True)
+        rows = [{"text": f"some text {i}", "label": "ab"[i % 2]} for i in range(20)]
+        lines = ["text,label", *(f"{row['text']},{row['label']}" for row in rows)]
+        path.write_text("\n".join(lines if path.suffix == ".csv" else map(json.dumps, rows)))
+    result = call("init", tmp_path / "one", tmp_path / "two", tmp_path / "con.jsonl", "--out", tmp_path / "r.yaml")
+    assert result.exit_code == 0, result.output
+    tasks = read_recipe(tmp_path / "r.yaml").tasks
+    used = [path for task in tasks for path in (task.train, task.test) if path]
+    assert sorted(used) == sorted(str(path.resolve()) for path in tmp_path.rglob("*.[jc]s*") if path.suffix != ".yaml")
+    assert len({task.name.lower() for task in tasks}) == len(tasks) == 5
+
+
+def test_a_split_by_content_keeps_equal_texts_together_and_needs_no_seed():
+    texts = [f"text {i % 50}" for i in range(120)]
+    examples = Examples(texts, ["x"] * 120)
+    train, test = examples.split(0.2)
+    assert len(train) + len(test) == 120 and len(set(test.texts)) == 10
+    assert not set(train.texts) & set(test.texts)
+    longer = Examples([*texts, "Text  3"], ["x"] * 121).split(0.2)
+    assert ("Text  3" in longer[1].texts) == ("text 3" in longer[1].texts)
