@@ -28,7 +28,7 @@ def fill(folder: Path, methods: list[str], seeds: list[int], settings: list[str]
             if not (own / "results.json").exists():
                 recipe = quickstart_recipe(Choices(method=method, settings=settings), seed, own)
                 features = features or Features(*load_backbone(recipe.model), recipe.max_length)
-                found = run(recipe, features=features).results["mean"]
+                found = run(recipe, resume=True, features=features).results["mean"]
                 print(f"{method} seed {seed}: {100 * (found['adapted'] - found['frozen']):+.1f}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Forty bad inputs: one message that says where and what to do, exit code 2, and what was there stays as it was."""
+"""Some fifty bad inputs: one message that says where and what to do, exit code 2, and nothing is changed."""
 
 import hashlib
 import json

@@ -34,7 +34,7 @@ class Interrupted(RuntimeError):
     def __init__(self, signum: int, step: int, folder: Path) -> None:
         name = signal.Signals(signum).name
         super().__init__(f"stopped by {name} after step {step}; the state is in {folder / FOLDER}")
-        self.signum, self.step = signum, step
+        self.signum, self.step, self.folder = signum, step, folder
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,10 @@ def save_checkpoint(run: Path, found: Checkpoint) -> None:
     """
     place = run / FOLDER / f"step-{found.step:06d}"
     try:
-        for cut in place.parent.glob(".step-*"):  # what a killed process left; a run folder has one writer
-            shutil.rmtree(cut, ignore_errors=True)
+        # what a killed process left, and what a resumed run has passed over as damaged: a run folder has one writer
+        unusable = [folder for step, folder in checkpoints(run) if step >= found.step]
+        for left in (*place.parent.glob(".step-*"), *unusable):
+            shutil.rmtree(left, ignore_errors=True)
         write_folder(
             place,
             {file: group for file, group in found.tensors.items() if group},
@@ -81,9 +83,9 @@ def save_checkpoint(run: Path, found: Checkpoint) -> None:
         )
         for _, old in checkpoints(run)[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"the checkpoint of step {found.step} cannot be written to {place.parent}: {error.strerror or error}. "
+            f"the checkpoint of step {found.step} cannot be written to {place.parent}: {reason(error)}. "
             "The older ones are whole: make room, or write permission, then continue with --resume"
         ) from error
 
@@ -100,6 +102,11 @@ def refuse_checkpoints(run: Path) -> int:
             "another folder"
         )
     return 0
+
+
+def reason(error: Exception) -> str:
+    """An error of the operating system without its number, any other as it is."""
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -147,6 +154,8 @@ class Signals:
             raise KeyboardInterrupt
         self.received = signum
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.received and kind is None:  # it came after the last look: not lost
+            signal.raise_signal(self.received)

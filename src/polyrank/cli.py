@@ -49,7 +49,7 @@ def user_errors() -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     except Interrupted as stop:
-        typer.echo(f"{stop}; the same command with --resume goes on from there", err=True)
+        typer.echo(f"{stop}; go on with: polyrank train {stop.folder / 'recipe.yaml'} --resume", err=True)
         raise typer.Exit(128 + stop.signum) from stop
     except KeyboardInterrupt as stop:
         typer.echo("interrupted", err=True)
@@ -155,6 +155,8 @@ def train(
 
         quiet_libraries()
         changed = read_recipe(recipe, settings or ())
+        if out is None and resume and (recipe.parent / "metrics.jsonl").is_file():
+            out = recipe.parent  # the recipe of a run folder goes on there, whatever the working directory
         if out is not None:
             changed = changed.model_copy(update={"out": str(out)})
         console = Console()

@@ -154,6 +154,7 @@ def write_text(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.part")
     _write_bytes(aside, text.encode())
     aside.replace(path)
+    _flush_folder(path.parent)
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

@@ -29,7 +29,9 @@ Pick = tuple[int, int]  # (index of the task, index of the example in its task)
 
 
 class Sampler(Protocol):
-    """What draws a step. `part` of `parts` is one disjoint slice of the step."""
+    """What draws a step. `part` of `parts` is one disjoint slice of the step; `smallest`: examples of the smallest."""
+
+    smallest: int
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> list[Pick]: ...
 
@@ -62,6 +64,7 @@ class Proportional:
         self.lengths, self.batch_size, self.seed, self.window = lengths, batch_size, seed, window
         self.picks = [(t, i) for t, of_task in enumerate(lengths) for i in range(len(of_task))]
         self.steps_per_epoch = -(-len(self.picks) // batch_size)
+        self.smallest = len(self.picks) // self.steps_per_epoch
         self._last: tuple[int, list[list[Pick]]] = (-1, [])  # only saves time: an epoch is a function of its number
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> list[Pick]:
@@ -100,7 +103,7 @@ class Weighted:
         """weights[t] >= 0, in any unit; a task without examples is never drawn."""
         _check(lengths, batch_size, window)
         self.lengths, self.batch_size, self.seed, self.window = lengths, batch_size, seed, window
-        self.one_task = one_task
+        self.one_task, self.smallest = one_task, batch_size
         alive = [weight if of_task else 0.0 for weight, of_task in zip(weights, lengths, strict=True)]
         self.cumulative = list(itertools.accumulate(alive))
         self._last: tuple[int, list[list[Pick]]] = (-1, [])

@@ -10,6 +10,8 @@ Everything a step needs is a function of (seed, step) and of the state that chec
 uninterrupted one bit for bit.
 """
 
+import hashlib
+import json
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from polyrank.checkpoint import Interrupted, Signals, refuse_checkpoints, save_checkpoint
 from polyrank.evaluate import mean, score
+from polyrank.files import fingerprint
 from polyrank.history import History, Log
 from polyrank.mixing import Batch, Corpus, Mixing, Sampler
 from polyrank.tasks import Examples, MultiTaskModel, Task
@@ -34,7 +37,7 @@ PATIENCE = 10  # rejected steps in a row before training gives up
 class Training(BaseModel):
     """How to train. batch_size counts the examples of one step over all processes and micro-batches."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     steps: int = Field(default=400, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -120,13 +123,12 @@ def train(
         adapter.enable_checkpointing()
     kept, held = split(tasks, training)
     corpus, held_out = (Corpus.of(tasks, part, model.tokenizer, model.max_length) for part in (kept, held))
-    _check_parts(corpus, training, accelerator)
     sampler = training.mixing.sampler(corpus.lengths, training.batch_size, training.seed)
+    _check_parts(sampler, training, accelerator)
     parameters, optimizer = build_optimizer(model, adapter, training)
-    share_weights(parameters, accelerator)
-
-    run = Running(model, adapter, optimizer, training.accumulation)
+    run = Running(model, adapter, optimizer, training.accumulation, identity(model, training, corpus, held_out))
     first = 0 if folder is None else run.restore(folder) if resume else refuse_checkpoints(folder)
+    share_weights(parameters, accelerator)
     main = accelerator.is_main_process
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     log = Log(folder, progress, training.steps, main, first)
@@ -135,7 +137,6 @@ def train(
         if first == 0:
             look(run.best, 0, held_out, training, accelerator, log)
         for step in range(first, training.steps):
-            torch.manual_seed(hash((training.seed, step, accelerator.process_index)))  # noise depends on nothing else
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * training.rate(step)
             loss, losses = backward_within_memory(run, sampler, corpus, step, training, accelerator, log)
@@ -151,7 +152,8 @@ def train(
                 run.best.restore()
                 raise Diverged(
                     f"the last {PATIENCE} steps, up to step {step + 1}, had a loss or gradient that is not finite and "
-                    "were not taken: lower lr and head_lr, or set precision to fp32"
+                    "were not taken: lower lr and head_lr, or set precision to fp32, and start anew with --overwrite "
+                    "or in another folder"
                 )
             last = step + 1 == training.steps
             if (step + 1) % training.eval_every == 0 or last:
@@ -195,14 +197,25 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def _check_parts(corpus: Corpus, training: Training, accelerator: Accelerator) -> None:
+def identity(model: MultiTaskModel, training: Training, *corpora: Corpus) -> str:
+    """What a checkpoint must agree with: settings, tasks, every token and label, and the frozen model."""
+    frozen = {name: p for name, p in model.backbone.named_parameters() if not p.requires_grad}
+    known = [
+        training.model_dump(mode="json", exclude={"checkpoint_every"}),
+        [(task.name, task.labels) for task in model.tasks],
+        [(corpus.tokens, corpus.labels) for corpus in corpora],
+        fingerprint(frozen),
+    ]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def _check_parts(sampler: Sampler, training: Training, accelerator: Accelerator) -> None:
     """Every part of every step must have an example: the processes' collectives would not match.
 
     Raises:
         ValueError: with the sizes.
     """
-    parts, size = accelerator.num_processes * training.accumulation, sum(map(len, corpus.tokens))
-    smallest = size // -(-size // training.batch_size) if size else 0
+    parts, smallest = accelerator.num_processes * training.accumulation, sampler.smallest
     if accelerator.num_processes > 1 and smallest < parts:
         raise ValueError(
             f"steps of {smallest} examples cannot be split into {parts} parts ({accelerator.num_processes} processes x "
@@ -257,6 +270,7 @@ def backward_within_memory(
 ) -> tuple[float, dict[str, float]]:
     """`backward` of one whole step; out of memory, with twice as many micro-batches from then on: the same gradient."""
     while True:
+        torch.manual_seed(hash((training.seed, step, accelerator.process_index)))  # noise depends on nothing else
         batches = micro_batches(sampler, corpus, step, run.accumulation, accelerator)
         try:
             return backward(run.model, run.adapter, batches, training, accelerator)

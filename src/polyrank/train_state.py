@@ -51,8 +51,15 @@ class Running:
     """The weights, the optimiser, the best state so far, and the counters."""
 
     def __init__(
-        self, model: MultiTaskModel, adapter: Trainable, optimizer: torch.optim.Optimizer, accumulation: int
+        self,
+        model: MultiTaskModel,
+        adapter: Trainable,
+        optimizer: torch.optim.Optimizer,
+        accumulation: int,
+        identity: str,
     ) -> None:
+        """identity: what must be equal in the run that a checkpoint comes from."""
+        self.identity = identity
         self.model, self.adapter, self.optimizer, self.accumulation = model, adapter, optimizer, accumulation
         self.best = Best(model, adapter)
         self.skipped, self.skipped_in_a_row = 0, 0
@@ -70,6 +77,7 @@ class Running:
             "best": [self.best.step, self.best.score],
             "skipped": [history.skipped, history.skipped_in_a_row],
             "accumulation": self.accumulation,
+            "identity": self.identity,
         }
         return Checkpoint(step, tensors, numbers)
 
@@ -82,8 +90,11 @@ class Running:
         found, passed_over = newest(folder)
         self.messages += [f"a checkpoint was passed over: {reason}" for reason in passed_over]
         if found is None:
+            self.messages.append(f"no checkpoint in {folder}: starting from the beginning")
             return 0
         try:
+            if found.numbers["identity"] != self.identity:
+                raise ValueError("the settings, tasks, examples or the base model are not those it began with")
             self.adapter.load_state_dict(found.tensors["adapter"])
             self.model.heads.load_state_dict(found.tensors["heads"])
             load_optimizer(self.optimizer, found.tensors.get("optimizer", {}))

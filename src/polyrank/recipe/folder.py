@@ -90,11 +90,22 @@ def check_same(recipe: Recipe, folder: Path) -> None:
 
 
 def start_folder(recipe: Recipe, folder: Path) -> None:
-    """Empty the folder of an earlier run, and write the complete recipe."""
+    """Empty the folder of an earlier run, and write the complete recipe: first, so that a full disk loses nothing."""
+    write_recipe(recipe, folder / ".recipe.yaml")
+    sweep(folder)
     for name in FILES:
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    write_recipe(recipe, folder / "recipe.yaml")
+    (folder / ".recipe.yaml").replace(folder / "recipe.yaml")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left aside; the folder is claimed."""
+    for left in (*folder.glob(".*.part"), *folder.glob(".*.old")):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)

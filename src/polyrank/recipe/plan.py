@@ -1,6 +1,7 @@
 """What a run would do: its data, its adapter, and a few real steps on the clock. Nothing is written."""
 
 import itertools
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def plan(recipe: Recipe) -> Plan:
         notices(tasks),
         summary,
         recipe.training.steps,
-        recipe.training.steps * recipe.training.batch_size / max(1, size),
+        recipe.training.steps / max(1, math.ceil(size / recipe.training.batch_size)),
         weights,
         peak_bytes(),
         median(after - before for before, after in itertools.pairwise(clock)),

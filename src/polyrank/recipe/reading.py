@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
+from polyrank.files import write_text
 from polyrank.methods import METHODS
 from polyrank.mixing import Mixing
 from polyrank.recipe.schema import Recipe, TaskSource, nearest
@@ -68,7 +69,7 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write the recipe with every default filled in; `read_recipe` gives an equal recipe back."""
     content = recipe.model_dump(mode="json")
     content["tasks"] = [{k: v for k, v in task.items() if v is not None} for task in content["tasks"]]
-    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,6 +1,8 @@
 """From a recipe to a run folder, and back to a model that answers."""
 
+import errno
 import json
+import os
 import platform
 import shutil
 import time
@@ -18,19 +20,20 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from polyrank.adapt import Adapter, adapt
 from polyrank.assets import model_folder
-from polyrank.checkpoint import FOLDER as CHECKPOINTS, CheckpointError
+from polyrank.checkpoint import FOLDER as CHECKPOINTS, CheckpointError, checkpoints
 from polyrank.data import DATASETS, load, read_file
 from polyrank.evaluate import evaluate, mean
 from polyrank.files import write_text
 from polyrank.history import History
 from polyrank.manifest import MODELS
 from polyrank.probe import Features, Probe, probe, start_heads
-from polyrank.recipe.folder import check_folder, check_same, claimed, start_folder
+from polyrank.recipe.folder import check_folder, check_same, claimed, start_folder, sweep
 from polyrank.recipe.reading import RecipeError, read_recipe
 from polyrank.recipe.schema import Recipe, TaskSource, nearest
 from polyrank.tasks import Examples, MultiTaskModel, Task, load_heads, save_heads
 from polyrank.train import split, train
 
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # a person can do something
 POOLER = r"(.*\.)?pooler(\..*)?"  # a pooler takes no part in masked-mean pooling: never adapted
 
 
@@ -136,15 +139,31 @@ def run(
         Interrupted: a signal stopped training; its state was saved.
         Diverged: training met losses that are not finite.
     """
+    if overwrite and resume:
+        raise RecipeError("--overwrite and --resume contradict each other: give one of them")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("a recipe trains in one process: for several, call polyrank.train.train in a script of yours")
     folder = Path(recipe.out)
     check_folder(folder, overwrite, resume)
     with claimed(folder):
+        check_folder(folder, overwrite, resume)  # a run may just have ended
         going_on = resume and (folder / "recipe.yaml").is_file()
+        if resume and checkpoints(folder) and not going_on:
+            raise RecipeError(f"{folder} has checkpoints but no recipe.yaml: put it back, or --overwrite")
         if going_on:
             check_same(recipe, folder)
             if (folder / "results.json").is_file():
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
                 return load_run(folder)
-        return _run(recipe, folder, going_on, progress, features)
+        try:
+            return _run(recipe, folder, going_on, progress, features)
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            raise CheckpointError(
+                f"{error.filename or folder} cannot be written: {error.strerror}. What was saved before is whole: make "
+                "room, or write permission, then continue with --resume"
+            ) from error
 
 
 def notices(tasks: Sequence[Task]) -> list[str]:
@@ -194,18 +213,14 @@ def _run(recipe: Recipe, folder: Path, resume: bool, progress: bool, features: F
     watch.lap("adapt")
     history = train(model, adapter, tasks, recipe.training, folder, progress, resume)
     watch.lap("training")
+    watch.seconds["training"] = round(history.seconds, 1)  # of all its parts, where it was resumed
     scores = evaluate(model, {task.name: task.test for task in tasks}, progress=progress)
     watch.lap("test")
     results = summarise(probes, scores, history, adapter, watch.seconds)
-    try:
-        adapter.save(folder / "adapter")
-        save_heads(model, folder / "heads")
-        write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
-    except OSError as error:
-        raise CheckpointError(
-            f"the results cannot be written to {folder}: {error.strerror or error}. Make room, or write "
-            "permission, then continue with --resume"
-        ) from error
+    adapter.save(folder / "adapter")
+    save_heads(model, folder / "heads")
+    write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    sweep(folder)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # a finished run needs none
     return Run(recipe, model, adapter, folder, results)
 
