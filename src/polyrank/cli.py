@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Adapt one frozen pretrained model to many tasks at once with a mixture of low-rank experts.\n\n"
-    "Start with [bold]polyrank quickstart[/]: six text tasks, some minutes on two CPU cores.",
+    "Start with [bold]polyrank quickstart[/]: six text tasks, five minutes on two CPU cores.",
 )
 
 Settings = Annotated[
