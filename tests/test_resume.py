@@ -16,40 +16,16 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
-from torch import Tensor
 
 import polyrank.checkpoint as checkpoint
 import tiny
-from polyrank import Adapter, adapt
+from polyrank import Adapter
 from polyrank.cli import app
 from polyrank.files import read_folder, write_folder
 from polyrank.recipe import RecipeError
 from polyrank.recipe.folder import check_folder, claimed
-from polyrank.train import Training, train
-from small import METHODS
+from resumable import KINDS, STEPS, equal, go, weights, worker
 from test_recipe import save_examples
-
-KINDS = ("lora", "moore-token", "moore_topk-token", "more", "ase")
-STEPS = Training(steps=12, batch_size=8, accumulation=2, lr=1e-2, eval_every=4, checkpoint_every=1)
-
-
-def go(folder: Path, kind: str, training: Training = STEPS, resume: bool = True) -> Adapter:
-    """Train the tiny model in a folder."""
-    tasks = tiny.tasks()
-    model = tiny.model(tasks)
-    adapter = adapt(model.backbone, METHODS[kind], tasks=[t.name for t in tasks], targets=["query", "value", "dense"])
-    train(model, adapter, tasks, training, folder, progress=False, resume=resume)
-    adapter.heads = model.heads  # type: ignore[attr-defined]
-    return adapter
-
-
-def weights(adapter: Adapter) -> dict[str, Tensor]:
-    heads = adapter.heads.state_dict()  # type: ignore[attr-defined]
-    return {**adapter.state_dict(), **{f"head {name}": value for name, value in heads.items()}}
-
-
-def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 class Cut(BaseException):
@@ -87,20 +63,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert lines[0] == lines[1]
 
 
-def worker(folder: Path, kind: str) -> None:
-    torch.set_num_threads(1)
-    adapter = go(folder, kind)
-    write_folder(folder / "final", {"weights": weights(adapter)}, {})
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_kill_9_at_twenty_random_moments(kind: str, tmp_path: Path):
     """Every process dies by SIGKILL at a random moment, of training or of saving; the next one goes on."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_resume"])
+    context.set_forkserver_preload(["resumable"])
     torch.set_num_threads(1)
+    start = time.monotonic()
     worker(tmp_path / "whole", kind)
+    longest = time.monotonic() - start
     expected, _ = read_folder(tmp_path / "whole" / "final")
     rng, kills, runs = random.Random(kind), 0, 0
     while kills < 20:
@@ -110,7 +82,7 @@ def test_kill_9_at_twenty_random_moments(kind: str, tmp_path: Path):
             before = checkpoint.newest(folder)[0]
             process = context.Process(target=worker, args=(folder, kind))
             process.start()
-            limit = time.monotonic() + rng.uniform(0, 3)
+            limit = time.monotonic() + rng.uniform(0, longest)
             while process.is_alive() and time.monotonic() < limit:
                 time.sleep(0.01)
             if kills < 20 and process.is_alive():
