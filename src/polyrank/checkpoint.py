@@ -64,28 +64,28 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def save_checkpoint(run: Path, found: Checkpoint) -> None:
+def save_checkpoint(run: Path, new: Checkpoint) -> None:
     """Write a checkpoint and remove all but the newest two.
 
     Raises:
         CheckpointError: no space, no permission; the older checkpoints stand.
     """
-    place = run / FOLDER / f"step-{found.step:06d}"
+    place = run / FOLDER / f"step-{new.step:06d}"
     try:
         # what a killed process left, and what a resumed run has passed over as damaged: a run folder has one writer
-        unusable = [folder for step, folder in checkpoints(run) if step >= found.step]
+        unusable = [folder for step, folder in checkpoints(run) if step >= new.step]
         for left in (*place.parent.glob(".step-*"), *unusable):
             shutil.rmtree(left, ignore_errors=True)
         write_folder(
             place,
-            {file: group for file, group in found.tensors.items() if group},
-            {"polyrank": "checkpoint", "step": found.step, "numbers": found.numbers},
+            {file: group for file, group in new.tensors.items() if group},
+            {"polyrank": "checkpoint", "step": new.step, "numbers": new.numbers},
         )
         for _, old in checkpoints(run)[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"the checkpoint of step {found.step} cannot be written to {place.parent}: {reason(error)}. "
+            f"the checkpoint of step {new.step} cannot be written to {place.parent}: {reason(error)}. "
             "The older ones are whole: make room, or write permission, then continue with --resume"
         ) from error
 

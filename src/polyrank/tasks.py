@@ -63,7 +63,7 @@ class Examples:
 
     def split(self, share: float) -> tuple["Examples", "Examples"]:
         """(the others, `share` of the different texts), by the SHA-256 of the text: equal texts stay together."""
-        keys = [hashlib.sha256(_plain(text).encode()).digest() for text in self.texts]
+        keys = [hashlib.sha256(plain(text).encode()).digest() for text in self.texts]
         ranked = sorted(set(keys))
         chosen = set(ranked[: round(share * len(ranked))])
         sides = ([i for i, key in enumerate(keys) if (key in chosen) == side] for side in (False, True))
@@ -119,8 +119,8 @@ class Task:
 
     def leaked(self) -> list[str]:
         """The test texts that also stand in the training data, whatever their case and white space."""
-        seen = {_plain(text) for text in self.train.texts}
-        return [text for text in self.test.texts if _plain(text) in seen]
+        seen = {plain(text) for text in self.train.texts}
+        return [text for text in self.test.texts if plain(text) in seen]
 
     def head(self, width: int) -> nn.Linear:
         """A fresh linear head: (..., D) -> (..., C), small weights and zero bias."""
@@ -134,7 +134,8 @@ class Task:
         return F.cross_entropy(logits, labels, ignore_index=MISSING, reduction="sum")
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """What two texts share that count as the same: without regard to case and white space."""
     return " ".join(text.casefold().split())
 
 

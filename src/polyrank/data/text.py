@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import IO
 
 from polyrank.assets import EVALS, ORANGE, VADER, AssetError, fetch
-from polyrank.tasks import Examples
+from polyrank.tasks import Examples, plain
 
 Row = tuple[str, str, str]  # text, label, and the source that must not be torn apart by a split
 
@@ -121,8 +121,8 @@ def load(name: str, max_train: int = 4000, max_test: int = 500, seed: int = 0) -
 def _published(name: str, stem: str) -> TextSplits:
     """A set with its own sides: only train rows whose text stands in the test side go."""
     train, test = _orange(f"{stem}-train"), _orange(f"{stem}-test")
-    seen = {_key(text) for text, _ in test}
-    kept = [(text, label) for text, label in train if _key(text) not in seen]
+    seen = {plain(text) for text, _ in test}
+    kept = [(text, label) for text, label in train if plain(text) not in seen]
     dropped = {"train rows whose text is in the test side": len(train) - len(kept)}
     return _splits(name, kept, test, dropped)
 
@@ -131,11 +131,11 @@ def _split(name: str, rows: list[Row], test_share: float = 0.2) -> TextSplits:
     """A fixed split by source of a set without its own; one row per text, none where its labels disagree."""
     labels: dict[str, set[str]] = {}
     for text, label, _ in rows:
-        labels.setdefault(_key(text), set()).add(label)
+        labels.setdefault(plain(text), set()).add(label)
     kept: dict[str, Row] = {}
     dropped = {"empty text": 0, "same text, other label": 0, "duplicate text": 0}
     for row in rows:
-        key = _key(row[0])
+        key = plain(row[0])
         if not key:
             dropped["empty text"] += 1
         elif len(labels[key]) > 1:
@@ -170,10 +170,6 @@ def _examples(pairs: list[tuple[str, str]]) -> Examples:
 
 def _rank(salt: str, content: str) -> bytes:
     return hashlib.sha256(f"{salt}\0{content}".encode()).digest()
-
-
-def _key(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def _orange(table: str) -> list[tuple[str, str]]:
