@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INPUTS := pyproject.toml constraints-dev.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test slow lint format build clean
+.PHONY: help setup quickstart test slow lint format docs build clean
 
 help: ## this list
 	@echo "Polyrank. The targets set up $(VENV) by themselves; start with 'make quickstart'."
@@ -31,7 +31,7 @@ $(VENV)/.use: $(INPUTS) | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.use
 	@echo "installing the development tools into $(VENV)"
-	@$(PIP) install -c constraints-dev.txt -e '.[all,dev]'
+	@$(PIP) install -c constraints-dev.txt -e '.[all,dev,docs]'
 	@touch $@
 
 setup: $(VENV)/.dev ## create .venv with everything for development
@@ -54,9 +54,13 @@ format: $(VENV)/.dev ## let ruff mend what it can
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
+docs: $(VENV)/.dev ## the documentation, as pages in site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html, or with search: $(BIN)/mkdocs serve"
+
 build: $(VENV)/.dev ## wheel and sdist into dist/
 	@$(BIN)/python -m build
 
 clean: ## remove .venv and everything that was built (the download cache stays)
-	@rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) dist build site .pytest_cache .ruff_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

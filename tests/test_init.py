@@ -48,13 +48,19 @@ def test_init_then_train_eval_predict_without_an_edit(files: Path, tmp_path: Pat
     assert found["pets"].test == str(files / "pets_dev.csv")
     assert "# classification" in recipe.read_text() or "# task reviews: classification" in recipe.read_text()
     tiny.save_model(tmp_path / "model")
-    small = [f"model={tmp_path / 'model'}", "method.num_reflections=2", "training.steps=3", f"out={tmp_path / 'run'}"]
+    small = [
+        f"model={tmp_path / 'model'}",
+        "method.num_reflections=2",
+        "training.steps=3",
+        "max_length=16",
+        f"out={tmp_path / 'run'}",
+    ]
     done = call("train", recipe, *(word for setting in small for word in ("--set", setting)))
     assert done.exit_code == 0, done.output
     scores = json.loads(call("eval", tmp_path / "run", "--json").stdout)
     assert scores["tasks"].keys() == {"reviews", "pets"}
     answers = call("predict", tmp_path / "run", "a good cat", "--json").stdout.splitlines()
-    assert {json.loads(answer)["label"] for answer in answers} <= {"0", "1", "cat", "dog", "fish"}
+    assert {json.loads(answer)["answer"] for answer in answers} <= {"0", "1", "cat", "dog", "fish"}
     again = call("init", files, "--out", recipe)
     assert again.exit_code == 2 and "exists" in again.output
 
@@ -63,11 +69,11 @@ def test_init_then_train_eval_predict_without_an_edit(files: Path, tmp_path: Pat
     ("content", "reason"),
     [
         (b"", "no rows"),
-        (b"{\n", "not one JSON object per line"),
-        (b"[1]\n", "not one JSON object per line"),
+        (b"{\n", "bad JSON"),
+        (b"[1]\n", "expected an object"),
         (b"\xff\xfe", "not UTF-8"),
-        (b'{"text": "a b"}\n{"text": "c d"}\n', "looks like labels"),
-        (b'{"label": "x"}\n{"label": "y"}\n{"label": "x"}\n{"label": "y"}\n', "holds texts"),
+        (b'{"text": "a"}\n{"text": "c"}\n', "looks like labels"),
+        (b'{"label": "x"}\n{"label": "y"}\n{"label": "x"}\n{"label": "y"}\n', "looks like labels"),
     ],
 )
 def test_files_that_hold_no_task_are_named_with_the_reason(tmp_path: Path, content: bytes, reason: str):

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import tiny
-from polyrank.mixing import Corpus, Mixing, Proportional
-from polyrank.tasks import MISSING, Examples
+from polyrank.corpus import Corpus
+from polyrank.mixing import Mixing, Proportional
+from polyrank.reader import HeadReader
+from polyrank.tasks import MISSING, Examples, Row
 
 BATCHES = ("mixed", "one_task")
 SAMPLING = ("proportional", "temperature", "uniform", "exponential")
@@ -113,15 +115,16 @@ def test_collation_pads_to_the_longest_on_the_tokenizers_side(side: str):
     tokenizer = tiny.tokenizer()
     tokenizer.padding_side = side
     texts = Examples(["cat", "the dog is very good " * 9], ["cat", None])
-    corpus = Corpus.of(tasks, {"pet": texts, "mood": Examples(["bad"], ["bad"])}, tokenizer, 8)
+    corpus = Corpus.of(tasks, {"pet": texts, "mood": Examples(["bad"], ["bad"])}, HeadReader(tokenizer, 8, "right"))
     batch = corpus.collate([(1, 0), (1, 1), (0, 0)])
     expected = tokenizer([*texts.texts, "bad"], truncation=True, max_length=8, padding="longest", return_tensors="pt")
     assert torch.equal(batch.inputs["input_ids"], expected["input_ids"])
     assert torch.equal(batch.inputs["attention_mask"], expected["attention_mask"])
     assert batch.task_ids.tolist() == [1, 1, 0]
-    assert batch.labels.tolist() == [0, MISSING, 0]
+    assert {name: own.tolist() for name, own in batch.labels.items()} == {"pet": [0, MISSING], "mood": [0]}
 
 
 def test_by_length_holds_everything_once_longest_first():
-    corpus = Corpus([[[1] * 3, [1] * 9], [[1] * 5]], [[0, 0], [0]], 0, False)
+    rows = [[Row([1] * 3), Row([1] * 9)], [Row([1] * 5)]]
+    corpus = Corpus(tiny.tasks(), rows, HeadReader(tiny.tokenizer(), 16, "right"))
     assert corpus.by_length(2) == [[(0, 1), (1, 0)], [(0, 0)]]

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ from torch import Tensor
 
 import tiny
 from polyrank import LoRA, MoORE, adapt
+from polyrank.corpus import Corpus
 from polyrank.evaluate import evaluate
-from polyrank.mixing import Corpus, Proportional
-from polyrank.tasks import Examples, Task
+from polyrank.mixing import Proportional
+from polyrank.tasks import Classification, Examples
 from polyrank.train import Diverged, Training, backward, micro_batches, split, sum_gradients, train
 
 
-def ready(tasks: list[Task], method=LoRA(rank=2)):  # noqa: B008
+def ready(tasks: list[Classification], method=LoRA(rank=2)):  # noqa: B008
     model = tiny.model(tasks)
     adapter = adapt(model.backbone, method, tasks=[task.name for task in tasks])
     return model, adapter
@@ -31,7 +33,7 @@ def gradients(
 ) -> tuple[float, Tensor]:
     """Loss and fp64 gradient of step 3, split as told; some labels are missing."""
     tasks = [
-        Task(t.name, t.labels, Examples(t.train.texts, [y if i % 3 else None for i, y in enumerate(t.train.labels)]))
+        replace(t, train=Examples(t.train.texts, [y if i % 3 else None for i, y in enumerate(t.train.labels)]))
         for t in tiny.tasks()
     ]
     model, adapter = ready(tasks)
@@ -40,7 +42,7 @@ def gradients(
     for p in adapter.parameters():
         p.data.normal_(std=0.3)
     training = Training(batch_size=32, accumulation=accumulation, task_weights=weights)
-    corpus = Corpus.of(tasks, {t.name: t.train for t in tasks}, model.tokenizer, 16)
+    corpus = Corpus.of(tasks, {t.name: t.train for t in tasks}, model.reader)
     batches = micro_batches(Proportional(corpus.lengths, 32, 0), corpus, 3, accumulation, accelerator)
     loss, _ = backward(model, adapter, batches, training, accelerator)
     parameters = [*adapter.parameters(), *model.heads.parameters()]

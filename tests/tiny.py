@@ -7,7 +7,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from polyrank.tasks import Examples, MultiTaskModel, Task
+from polyrank.models import HeadModel
+from polyrank.tasks import Classification, Examples
 
 WORDS = ["good", "bad", "cat", "dog", "fish", "a", "the", "is", "was", "very"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -57,14 +58,14 @@ def examples(words: tuple[str, ...], size: int, seed: int) -> Examples:
     return Examples([sentence(label, rng) for label in labels], labels)
 
 
-def tasks(size: int = 48) -> list[Task]:
+def tasks(size: int = 48) -> list[Classification]:
     """Two tasks of two and three labels."""
     sources = {"mood": ("bad", "good"), "pet": ("cat", "dog", "fish")}
     return [
-        Task.from_examples(name, examples(words, size, 1), examples(words, 12, 2)) for name, words in sources.items()
+        Classification.from_examples(name, examples(words, size, 1), examples(words, 12, 2))
+        for name, words in sources.items()
     ]
 
 
-def model(of: list[Task], seed: int = 0) -> MultiTaskModel:
-    body = backbone(seed)
-    return MultiTaskModel(body, tokenizer(), of, max_length=16)
+def model(of: list[Classification], seed: int = 0) -> HeadModel:
+    return HeadModel(backbone(seed), tokenizer(), of, max_length=16)

@@ -22,13 +22,15 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from polyrank.manifest import ASSETS, EVALS, MINILM, MODELS, ORANGE, VADER, Asset
+from polyrank import gguf_model
+from polyrank.manifest import ASSETS, EVALS, MINILM, MODELS, ORANGE, SMOLLM2, VADER, Asset, Model
 
 __all__ = [
     "ASSETS",
     "EVALS",
     "MINILM",
     "ORANGE",
+    "SMOLLM2",
     "VADER",
     "Asset",
     "AssetError",
@@ -68,16 +70,21 @@ def fetch(asset: Asset) -> Path:
 
 
 def model_folder(name: str) -> Path:
-    """A folder that ``transformers`` loads with ``from_pretrained``; the one known name is ``"minilm"``.
+    """A folder that ``transformers`` loads with ``from_pretrained``: ``"minilm"`` or ``"smollm2"``.
+
+    SmolLM2 comes as GGUF and is converted on the first call, which needs the extra ``hf``. Its weights were rounded
+    to 4 bits by who packed it: say so beside any score.
 
     Raises:
         ValueError: an unknown name.
-        AssetError: as :func:`fetch` and :func:`extract`.
+        AssetError: as :func:`fetch` and :func:`extract`; a package that converting needs is missing.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: the known ones are {', '.join(MODELS)}")
-    asset, folder, pinned = MODELS[name]
-    return extract(asset, folder, pinned)
+    model = MODELS[name]
+    if model.gguf is None:
+        return extract(model.asset, model.folder, model.sha256)
+    return _converted(name, model, model.gguf)
 
 
 def extract(asset: Asset, member_prefix: str, pinned: Mapping[str, str] | None = None) -> Path:
@@ -89,7 +96,7 @@ def extract(asset: Asset, member_prefix: str, pinned: Mapping[str, str] | None =
         AssetError: as :func:`fetch`; the folder is not in the archive, a member is damaged or would land outside.
     """
     prefix = member_prefix.strip("/")
-    root = cache_folder() / f"{asset.name}-{asset.version}"
+    root = _unpacked(asset)
     target = root / prefix
     if target.is_dir():
         return target
@@ -143,6 +150,38 @@ def _fresh_folder(path: Path) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
+
+
+def _unpacked(asset: Asset) -> Path:
+    """Where what we make of an archive lies, beside the archive; it need not exist yet."""
+    return cache_folder() / f"{asset.name}-{asset.version}"
+
+
+def _converted(name: str, model: Model, gguf: str) -> Path:
+    """The folder that the GGUF file was converted into, complete or not there, on the first call by us."""
+    target = _unpacked(model.asset) / f"{model.folder}-bf16-{gguf_model.FORMAT}"
+    if target.is_dir():
+        return target
+    _check_converter(name)  # before the download
+    source = extract(model.asset, model.folder, model.sha256) / gguf
+    with _locked(target):
+        if not target.is_dir():
+            staging = _fresh_folder(target.with_name(f".{target.name}.part"))
+            try:
+                gguf_model.convert(source, staging)
+                staging.replace(target)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def _check_converter(name: str) -> None:
+    missing = [package for package in ("gguf", "transformers") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise AssetError(
+            f"model {name!r} is converted once, and this Python has no {' and no '.join(missing)}: {sys.executable}\n"
+            f"Run `{sys.executable} -m pip install 'polyrank[hf]'`, or install {' and '.join(missing)} there."
+        )
 
 
 def _unpack(archive: Path, prefix: str, into: Path) -> None:

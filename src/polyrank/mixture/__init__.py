@@ -25,7 +25,7 @@ from .gates import (
     Offset as Offset,
     SoftmaxTopK as SoftmaxTopK,
 )
-from .linear import Mixture as Mixture, MixtureLinear as MixtureLinear
+from .linear import Mixture as Mixture, MixtureLinear as MixtureLinear, context_of as context_of
 from .primitives import base_shrink as base_shrink, expand_ as expand_
 from .reflections import Reflections as Reflections
 from .routers import (

@@ -258,7 +258,8 @@ class Site:
         if self.stream == "decoder" and route.batch is not None:
             pooled = x.reshape(route.batch, -1, x.shape[-1])[:, 0]
         else:
-            pooled = route.pool(x, self.stream)
+            prompted = self.stream == "input" and "prompt" in route.masks
+            pooled = route.pool(x, "prompt" if prompted else self.stream)
         if route.prompt is not None:
             route.prompt[self.name] = pooled.detach()
         return pooled
@@ -302,7 +303,8 @@ def _masks(given: Mapping[str, Any], prompt_mask: Tensor | None) -> dict[str, Te
     decoder, labels = given.get("decoder_attention_mask"), given.get("labels")
     if decoder is None and isinstance(labels, Tensor) and labels.ndim == 2:
         decoder = labels != -100
-    return {"input": prompt_mask if prompt_mask is not None else given.get("attention_mask"), "decoder": decoder}
+    prompt = {} if prompt_mask is None else {"prompt": prompt_mask}
+    return {"input": given.get("attention_mask"), "decoder": decoder, **prompt}
 
 
 def _continues(given: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import in_out_features, runs_primitives, weight_of
-from .context import Site
+from .context import RouteContext, Site
 from .experts import Experts
 from .gates import Gate
 from .primitives import base_shrink, compute_dtype, expand_
@@ -150,3 +150,8 @@ class MixtureLinear(Mixture):
         a, b = self.experts.down(), self.experts.up(self.base)
         router = 0 if self.router is None else self.router.flops_per_token()
         return 2 * (self.in_features * self.out_features + a.numel() + b.numel()) + router
+
+
+def context_of(model: nn.Module) -> RouteContext | None:
+    """The route context of an adapted model, None where it has no adapter."""
+    return next((module.site.context for module in model.modules() if isinstance(module, Mixture)), None)

@@ -10,10 +10,12 @@ from statistics import median
 
 import torch
 
-from polyrank.recipe.runs import build, load_backbone, load_tasks, notices
+from polyrank.corpus import Corpus
+from polyrank.recipe.loading import build_model, load_backbone, load_tasks, speaks_language
+from polyrank.recipe.runs import attach
 from polyrank.recipe.schema import Recipe
 from polyrank.summary import Summary
-from polyrank.tasks import Task
+from polyrank.tasks import HeadTask, Regression, Task
 from polyrank.train import split, train
 
 STEPS = 4  # the first warms up and is not counted
@@ -21,14 +23,20 @@ STEPS = 4  # the first warms up and is not counted
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """Examples by part, and how often each label stands in the training data."""
+    """Examples by part, and how often each label stands in the training data.
+
+    full: rows that fill max_length, most of which were cut.
+    """
 
     name: str
+    kind: str
     train: int
     held_out: int
     test: int
     labels: dict[str, int]
     missing: int
+    full: int
+    tokens: float
 
 
 @dataclass(frozen=True)
@@ -53,10 +61,12 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         RecipeError: as the run itself would.
     """
-    tasks = load_tasks(recipe)
+    loaded = load_tasks(recipe)
+    tasks = loaded.tasks
     kept, held = split(tasks, recipe.training)
-    backbone, tokenizer = load_backbone(recipe.model)
-    model, adapter = build(recipe, tasks, backbone, tokenizer)
+    model = build_model(recipe, tasks, *load_backbone(recipe, speaks_language(tasks)))
+    adapter = attach(recipe, model)
+    lengths = Corpus.of(tasks, kept, model.reader).lengths
     summary = adapter.summary()
     trained = [*adapter.parameters(), *model.heads.parameters()]
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -65,8 +75,11 @@ def plan(recipe: Recipe) -> Plan:
     clock = [entry["seconds"] for entry in train(model, adapter, tasks, rehearsal, progress=False).steps]
     size = sum(len(examples) for examples in kept.values())
     return Plan(
-        [_task_plan(task, len(kept[task.name]), len(held[task.name])) for task in tasks],
-        notices(tasks),
+        [
+            _task_plan(task, len(kept[task.name]), len(held[task.name]), of_task, recipe.max_length)
+            for task, of_task in zip(tasks, lengths, strict=True)
+        ],
+        loaded.notices,
         summary,
         recipe.training.steps,
         recipe.training.steps / max(1, math.ceil(size / recipe.training.batch_size)),
@@ -76,10 +89,15 @@ def plan(recipe: Recipe) -> Plan:
     )
 
 
-def _task_plan(task: Task, kept: int, held: int) -> TaskPlan:
-    counts = Counter(label for label in task.train.labels if label is not None)
+def _task_plan(task: Task, kept: int, held: int, lengths: Sequence[int], most: int) -> TaskPlan:
+    counts: Counter[str] = Counter()
+    if isinstance(task, HeadTask) and not isinstance(task, Regression):
+        for label in task.train.labels:
+            counts.update([label] if isinstance(label, str) else label if isinstance(label, tuple) else [])
     missing = sum(label is None for label in task.train.labels)
-    return TaskPlan(task.name, kept, held, len(task.test), dict(counts.most_common()), missing)
+    full = sum(length >= most for length in lengths)
+    tokens = sum(lengths) / max(1, len(lengths))
+    return TaskPlan(task.name, task.kind, kept, held, len(task.test), dict(counts.most_common()), missing, full, tokens)
 
 
 def peak_bytes() -> int:
@@ -100,10 +118,12 @@ def lines(found: Plan, shown: int = 4) -> Sequence[str]:
     for task in found.tasks:
         names = [f"{label} {count}" for label, count in list(task.labels.items())[:shown]]
         more = f", {len(task.labels) - shown} more" if len(task.labels) > shown else ""
+        labels = f"; {len(task.labels)} labels ({', '.join(names)}{more})" if task.labels else ""
         gap = f"; {task.missing} without a label" if task.missing else ""
+        cut = f"; {task.full} reach max_length and may be cut" if task.full else ""
         out.append(
-            f"task {task.name}: {task.train} train + {task.held_out} held out + {task.test} test; "
-            f"{len(task.labels)} labels ({', '.join(names)}{more}){gap}"
+            f"task {task.name}: {task.kind}; {task.train} train + {task.held_out} held out + {task.test} test, "
+            f"{task.tokens:.0f} tokens on average{labels}{gap}{cut}"
         )
     minutes = found.training_seconds / 60
     return [

@@ -52,17 +52,16 @@ def check_recipe(content: Mapping[str, Any], where: str, folder: Path) -> Recipe
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(where, item, content) for item in error.errors())) from error
-    tasks = [
-        task.model_copy(
-            update={
-                key: str((folder / path).resolve())
-                for key, path in (("train", task.train), ("test", task.test))
-                if path
-            }
-        )
-        for task in recipe.tasks
-    ]
-    return recipe.model_copy(update={"tasks": tasks})
+    return recipe.model_copy(update={"tasks": [_located(task, folder) for task in recipe.tasks]})
+
+
+def _located(task: TaskSource, folder: Path) -> TaskSource:
+    """With absolute paths; a data set that is no folder here is one of the hub."""
+    if task.dataset is not None:
+        here = (folder / task.dataset).resolve()
+        return task.model_copy(update={"dataset": str(here)}) if here.is_dir() else task
+    paths = {"train": task.train, "test": task.test}
+    return task.model_copy(update={key: str((folder / path).resolve()) for key, path in paths.items() if path})
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:

@@ -12,25 +12,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from polyrank.adapt import Adapter, adapt
-from polyrank.assets import model_folder
 from polyrank.checkpoint import FOLDER as CHECKPOINTS, CheckpointError, checkpoints
-from polyrank.data import DATASETS, load, read_file
-from polyrank.evaluate import evaluate, mean
+from polyrank.evaluate import evaluate
 from polyrank.files import write_text
 from polyrank.history import History
-from polyrank.manifest import MODELS
-from polyrank.probe import Features, Probe, probe, start_heads
+from polyrank.models import HeadModel, MultiTaskModel, load_heads, save_heads
+from polyrank.probe import Features, Probe, probe, start_heads, trivial_score
 from polyrank.recipe.folder import check_folder, check_same, claimed, start_folder, sweep
+from polyrank.recipe.loading import build_model, load_backbone, load_tasks, speaks_language
 from polyrank.recipe.reading import RecipeError, read_recipe
-from polyrank.recipe.schema import Recipe, TaskSource, nearest
-from polyrank.tasks import Examples, MultiTaskModel, Task, load_heads, save_heads
+from polyrank.recipe.schema import Recipe
+from polyrank.tasks import HeadTask
 from polyrank.train import split, train
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # a person can do something
@@ -58,66 +53,6 @@ class Stopwatch:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[name], self.last = round(now - self.last, 1), now
-
-
-def load_backbone(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A text encoder in fp32, without dropout, and its tokenizer: a built-in name, a folder, or a name on the hub.
-
-    Raises:
-        RecipeError: nothing loadable has that name.
-    """
-    source = str(model_folder(name)) if name in MODELS else name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        backbone = AutoModel.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RecipeError(
-            f"model {name!r} cannot be loaded{nearest(name, MODELS)}: {reason}\n"
-            "Give a built-in name, a folder that has config.json, model.safetensors and the tokenizer, or a hub name"
-        ) from error
-    for module in backbone.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # the base is frozen: noise in it costs time and repeatability
-    return backbone.eval(), tokenizer
-
-
-def load_examples(source: TaskSource, recipe: Recipe) -> tuple[Examples, Examples]:
-    """The train and test examples of one task, at most as many as the recipe says.
-
-    Raises:
-        RecipeError: an unknown data set, or a file that cannot be used.
-    """
-    limits, seed = (recipe.max_train, recipe.max_test), recipe.training.seed
-    try:
-        if source.data is not None:
-            if source.data not in DATASETS:
-                raise ValueError(f"unknown data set {source.data!r}{nearest(source.data, DATASETS)}")
-            splits = load(source.data, *limits, seed)
-            parts = (splits.train, splits.test)
-        elif source.test is not None:
-            parts = (
-                read_file(source.train or "", source.text, source.label),
-                read_file(source.test, source.text, source.label),
-            )
-        else:
-            parts = read_file(source.train or "", source.text, source.label).split(source.test_share)
-    except (ValueError, FileNotFoundError) as error:
-        raise RecipeError(f"task {source.name!r}: {error}") from error
-    train, test = (
-        Examples(part.texts, part.labels).sample(limit, f"{seed}/{source.name}")
-        for part, limit in zip(parts, limits, strict=True)
-    )
-    return train, test
-
-
-def load_tasks(recipe: Recipe) -> tuple[Task, ...]:
-    try:
-        return tuple(Task.from_examples(source.name, *load_examples(source, recipe)) for source in recipe.tasks)
-    except RecipeError:
-        raise
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
 
 
 def run(
@@ -166,46 +101,31 @@ def run(
             ) from error
 
 
-def notices(tasks: Sequence[Task]) -> list[str]:
-    """What a person should know of the data before believing a score."""
-    return [
-        f"task {task.name!r}: {len(leaked)} of {len(task.test)} test texts also stand in its training data, "
-        f"such as {leaked[0][:60]!r}: its test score will flatter"
-        for task in tasks
-        if (leaked := task.leaked())
-    ]
-
-
-def build(
-    recipe: Recipe, tasks: Sequence[Task], backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[MultiTaskModel, Adapter]:
-    """The model with fresh heads and a fresh adapter.
+def attach(recipe: Recipe, model: MultiTaskModel) -> Adapter:
+    """A fresh adapter in the model.
 
     Raises:
         RecipeError: targets and method do not fit the model.
     """
-    torch.manual_seed(recipe.training.seed)
-    model = MultiTaskModel(backbone, tokenizer, tasks, recipe.max_length)
-    names = [task.name for task in tasks]
+    names = [task.name for task in model.tasks]
     try:
-        adapter = adapt(backbone, recipe.build_method(), tasks=names, targets=recipe.targets, exclude=POOLER)
+        return adapt(model.backbone, recipe.build_method(), tasks=names, targets=recipe.targets, exclude=POOLER)
     except ValueError as error:
         raise RecipeError(f"targets and method do not fit the model {recipe.model!r}: {error}") from error
-    return model, adapter
 
 
 def _run(recipe: Recipe, folder: Path, resume: bool, progress: bool, features: Features | None) -> Run:
     watch = Stopwatch()
-    tasks = load_tasks(recipe)
-    for notice in notices(tasks):
+    loaded = load_tasks(recipe)
+    tasks = loaded.tasks
+    for notice in loaded.notices:
         Console(stderr=True).print(f"note: {notice}", style="yellow", highlight=False, markup=False)
     watch.lap("data")
-    backbone, tokenizer = load_backbone(recipe.model)
+    model = build_model(recipe, tasks, *load_backbone(recipe, speaks_language(tasks)))
     watch.lap("model")
-    features = features or Features(backbone, tokenizer, recipe.max_length)
-    probes = probe_all(tasks, recipe, features, progress)
+    baseline, probes = measure_frozen(recipe, model, features, progress)
     watch.lap("frozen")
-    model, adapter = build(recipe, tasks, backbone, tokenizer)
+    adapter = attach(recipe, model)
     if recipe.heads == "probe":
         start_heads(model.heads, probes)
     if not resume:
@@ -214,9 +134,11 @@ def _run(recipe: Recipe, folder: Path, resume: bool, progress: bool, features: F
     history = train(model, adapter, tasks, recipe.training, folder, progress, resume)
     watch.lap("training")
     watch.seconds["training"] = round(history.seconds, 1)  # of all its parts, where it was resumed
-    scores = evaluate(model, {task.name: task.test for task in tasks}, progress=progress)
+    scores = evaluate(
+        model, {task.name: task.test for task in tasks}, batch_size=recipe.training.eval_batch_size, progress=progress
+    )
     watch.lap("test")
-    results = summarise(probes, scores, history, adapter, watch.seconds)
+    results = summarise(baseline, scores, history, adapter, watch.seconds)
     adapter.save(folder / "adapter")
     save_heads(model, folder / "heads")
     write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
@@ -225,33 +147,50 @@ def _run(recipe: Recipe, folder: Path, resume: bool, progress: bool, features: F
     return Run(recipe, model, adapter, folder, results)
 
 
-def probe_all(tasks: Sequence[Task], recipe: Recipe, features: Features, progress: bool) -> dict[str, Probe]:
+def measure_frozen(
+    recipe: Recipe, model: MultiTaskModel, features: Features | None, progress: bool
+) -> tuple[dict[str, dict[str, Any]], dict[str, Probe]]:
+    """Each task's row of the results, before any adapter: a converged head on the frozen model, or its own answers."""
+    tasks = model.tasks
+    rows: dict[str, dict[str, Any]] = {task.name: {"metric": task.metric, "majority": None} for task in tasks}
+    if isinstance(model, HeadModel):
+        features = features or Features(model)
+        probes = probe_all([task for task in tasks if isinstance(task, HeadTask)], recipe, features, progress)
+        for name, found in probes.items():
+            rows[name] |= {"majority": found.majority, "frozen": found.score}
+            rows[name] |= {"frozen_l2": found.strength, "frozen_gradient_norm": found.gradient_norm}
+        return rows, probes
+    tests = {task.name: task.test for task in tasks}
+    size = recipe.training.eval_batch_size
+    for name, score in evaluate(model, tests, batch_size=size, progress=progress).items():
+        rows[name]["frozen"] = score
+    for task in tasks:
+        rows[task.name]["majority"] = trivial_score(task)
+    return rows, {}
+
+
+def probe_all(tasks: Sequence[HeadTask], recipe: Recipe, features: Features, progress: bool) -> dict[str, Probe]:
     """The frozen model on every task; all texts go through it in one sweep."""
     kept, held = split(tasks, recipe.training)
-    features([text for task in tasks for part in (task.train, task.test) for text in part.texts], progress=progress)
+    reader = features.model.reader
+    rows = [row for task in tasks for part in (task.train, task.test) for row in task.rows(part.labelled(), reader)]
+    features(rows, progress=progress)
     return {task.name: probe(task, kept[task.name], held[task.name], features) for task in tasks}
 
 
 def summarise(
-    probes: Mapping[str, Probe],
+    baseline: Mapping[str, Mapping[str, Any]],
     scores: Mapping[str, float],
     history: History,
     adapter: Adapter,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """results.json: accuracies from 0 to 1, and how they came about."""
-    table = {
-        name: {
-            "majority": found.majority,
-            "frozen": found.accuracy,
-            "adapted": scores[name],
-            "frozen_l2": found.strength,
-            "frozen_gradient_norm": found.gradient_norm,
-        }
-        for name, found in probes.items()
-    }
+    """results.json: scores by the tasks' metrics, and how they came about; null where there is no such score."""
+    table = {name: {"frozen": None, "adapted": scores.get(name), **row} for name, row in baseline.items()}
+    columns = {key: [row[key] for row in table.values()] for key in ("majority", "frozen", "adapted")}
     means = {
-        column: mean({name: row[column] for name, row in table.items()}) for column in ("majority", "frozen", "adapted")
+        key: sum(values) / len(values) if all(v is not None for v in values) else None
+        for key, values in columns.items()
     }
     return {
         "tasks": table,
@@ -275,15 +214,17 @@ def load_run(folder: Path) -> Run:
     if not (folder / "results.json").is_file():
         raise RecipeError(f"{folder} holds no finished run: give the folder that `polyrank train` wrote")
     recipe = read_recipe(folder / "recipe.yaml")
-    backbone, tokenizer = load_backbone(recipe.model)
     try:
-        tasks, weights = load_heads(folder / "heads")
-        adapter = Adapter.load(folder / "adapter", backbone)
+        tasks, reading, weights = load_heads(folder / "heads")
+        as_trained = recipe.model_copy(update=reading)
+        model = build_model(as_trained, tasks, *load_backbone(as_trained, speaks_language(tasks)))
+        adapter = Adapter.load(folder / "adapter", model.backbone)
         if adapter.tasks != tuple(task.name for task in tasks):
             raise ValueError(f"heads are for {[t.name for t in tasks]}, the adapter for {list(adapter.tasks)}")
-        model = MultiTaskModel(backbone, tokenizer, tasks, recipe.max_length)
         model.heads.load_state_dict(weights)
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except RecipeError:
+        raise
+    except (ValueError, FileNotFoundError, RuntimeError, KeyError, TypeError) as error:
         raise RecipeError(f"{folder} cannot be loaded: {error}") from error
     return Run(recipe, model.eval(), adapter, folder, results)

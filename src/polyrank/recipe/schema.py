@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
+from polyrank.data import Columns
 from polyrank.methods import METHODS, Method
-from polyrank.tasks import check_names
+from polyrank.tasks import KINDS, check_names
 from polyrank.train import Training
 
 
@@ -17,23 +18,67 @@ class _Part(BaseModel):
 
 
 class TaskSource(_Part):
-    """Where the examples of a task come from: a built-in data set (`data`), or your files (`train`, and `test`)."""
+    """Where a task's examples come from, and what they are.
+
+    One of: `data` (built in); `train` and perhaps `test` (files of yours); `dataset` (a data set of the hub, or one
+    that save_to_disk wrote), of which `train` and `test` are then the splits.
+    """
 
     name: str
-    data: str | None = None
+    type: (
+        Literal["classification", "multi_label", "regression", "token_classification", "generation", "multiple_choice"]
+        | None
+    ) = Field(default=None, description="default: classification, or that of the built-in data")
+    data: str | None = Field(default=None, description="a built-in data set")
+    dataset: str | None = Field(default=None, description="owner/name or owner/name:configuration, or a folder")
     train: str | None = None
-    test: str | None = Field(default=None, description="without it, test_share of the training file's texts")
+    test: str | None = Field(default=None, description="without it, test_share of the training texts")
     test_share: float = Field(
         default=0.2, gt=0, lt=1, description="where there is no test file; the same texts whatever the seed"
     )
-    text: str = "text"
-    label: str = "label"
+    text: str | list[str] | None = Field(
+        default=None, description="the column of the texts; two for pairs; or a template such as 'Q: {question}'"
+    )
+    label: str | list[str] | None = Field(
+        default=None, description="the column of the labels; for multi_label perhaps a column of 0 and 1 for each"
+    )
+    options: str | list[str] = Field(
+        default="options", description="of multiple_choice: the column of the list of options, or a column for each"
+    )
+    names: str | list[str] | None = Field(
+        default=None,
+        description="the names of labels that are numbers from 0; of multiple_choice the keys of the options",
+    )
+    letters: bool = Field(
+        default=False, description="of multiple_choice: list the options in the prompt, answer by letter"
+    )
+    metric: str | None = Field(default=None, description="default: the first of the type's metrics that fits")
+    normalise: Literal["none", "tokens"] | None = Field(
+        default=None, description="of multiple_choice: compare summed (none) or mean (tokens) log-probabilities"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "TaskSource":
-        if (self.data is None) == (self.train is None) or (self.train is None and self.test is not None):
-            raise ValueError("give either 'data' (a built-in data set), or 'train' and perhaps 'test' (your files)")
+        if (self.data is None) == (self.train is None) or (self.data is not None and self.dataset is not None):
+            raise ValueError(
+                "give one of 'data' (a built-in data set), 'train' (your file), or 'dataset' with the split 'train'"
+            )
+        if self.data is not None and self.test is not None:
+            raise ValueError("'test' belongs to 'train', not to built-in data, which has its own test side")
+        if self.type != "multiple_choice" and (self.letters or self.normalise or self.options != "options"):
+            raise ValueError("options, letters and normalise belong to the type multiple_choice")
+        if self.metric is not None and self.type is not None and self.metric not in KINDS[self.type].METRICS:
+            raise ValueError(f"metric {self.metric!r}: {self.type} has {', '.join(KINDS[self.type].METRICS)}")
         return self
+
+    def columns(self, kind: str) -> Columns:
+        """How its rows are read."""
+        return Columns(kind, self.text, self.label, self.options, self.names, self.letters)
+
+    @property
+    def plain(self) -> bool:
+        """Whether no column is named: built-in data is then taken as it is."""
+        return self.text is None and self.label is None and self.names is None and not self.letters
 
 
 class Recipe(_Part):
@@ -47,7 +92,20 @@ class Recipe(_Part):
     tasks: list[TaskSource] = Field(min_length=1)
     max_train: int = Field(default=4000, ge=2, description="at most this many training examples per task")
     max_test: int = Field(default=500, ge=1, description="at most this many test examples per task")
-    max_length: int = Field(default=64, ge=2, description="tokens")
+    max_length: int = Field(default=64, ge=2, description="tokens of a text, or of a prompt with its completion")
+    truncation: Literal["left", "right"] | None = Field(
+        default=None,
+        description="where longer texts are cut; default: right, and left for prompts, which ask at the end",
+    )
+    pooling: Literal["mean", "first", "last"] = Field(
+        default="mean", description="how heads see a text: the mean of its tokens, the first, or the last (decoders)"
+    )
+    quantise: Literal["4bit", "8bit"] | None = Field(
+        default=None, description="load the frozen model in 4 or 8 bits with bitsandbytes"
+    )
+    bad_rows: Literal["stop", "skip"] = Field(
+        default="stop", description="of data files: stop at the first bad row, or leave such rows out and count them"
+    )
     heads: Literal["probe", "fresh"] = Field(
         default="probe", description="start of the heads: a linear probe, or random"
     )

@@ -1,0 +1,95 @@
+"""What a person asks a finished run: texts of the command line, lines, or rows of a data file."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from polyrank.data import Columns, read_rows
+from polyrank.data.columns import RowError
+from polyrank.data.rows import ENDINGS
+from polyrank.recipe.reading import RecipeError
+from polyrank.recipe.runs import Run
+from polyrank.recipe.schema import nearest
+from polyrank.tasks import Classification, HeadTask, MultipleChoice, Task, Text, TokenClassification
+
+
+def chosen_tasks(run: Run, task: str | None) -> list[Task]:
+    """The task of that name, or all.
+
+    Raises:
+        RecipeError: the run has no such task.
+    """
+    tasks = {known.name: known for known in run.model.tasks}
+    if task is not None and task not in tasks:
+        raise RecipeError(f"--task: no task {task!r} in {run.folder}{nearest(task, tasks)}")
+    return list(tasks.values()) if task is None else [tasks[task]]
+
+
+def read_questions(texts: Sequence[str], file: Path | None) -> list[str] | list[Mapping[str, Any]]:
+    """The texts of the command line, the lines of a file or of standard input, or the rows of a data file.
+
+    Raises:
+        RecipeError: both texts and a file, an unreadable file, or no text at all.
+    """
+    if texts and file is not None:
+        raise RecipeError("give texts or --file, not both")
+    try:
+        if file is not None and file.suffix.lower() in ENDINGS:
+            records = list(read_rows(file))
+            faults = [f"{record.where}: {record.fault}" for record in records if record.fault]
+            if faults:
+                raise RecipeError(faults[0])
+            return [{"_where": record.where, **record.row} for record in records]
+        if file is not None:
+            texts = file.read_text(encoding="utf-8-sig").splitlines()
+        elif not texts:
+            texts = sys.stdin.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the texts cannot be read: {error}; give a UTF-8 file with one text per line") from error
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise RecipeError(
+            'no text: give one in quotes, name a --file, or pipe lines in: echo "..." | polyrank predict RUN'
+        )
+    return list(texts)
+
+
+def as_texts(run: Run, task: Task, questions: list[str] | list[Mapping[str, Any]]) -> list[Text]:
+    """The questions as the task reads them: rows by the columns of the run's recipe, lines as they are.
+
+    A line for token classification is cut at white space; a pair is two texts with a tab between them, and a question
+    of multiple choice is followed by its options, with tabs.
+
+    Raises:
+        RecipeError: a question that does not fit the task.
+    """
+    source = next((source for source in run.recipe.tasks if source.name == task.name), None)
+    columns = Columns(task.kind) if source is None else source.columns(task.kind)
+    out: list[Text] = []
+    for number, question in enumerate(questions, start=1):
+        try:
+            text = _line(task, question) if isinstance(question, str) else columns.question(question)
+            task.check(text, None)
+        except (RowError, ValueError) as error:
+            where = f"text {number}" if isinstance(question, str) else question["_where"]
+            raise RecipeError(f"{where}: {error}") from error
+        out.append(text)
+    return out
+
+
+def _line(task: Task, line: str) -> Text:
+    parts = tuple(line.split("\t"))
+    if isinstance(task, TokenClassification):
+        return tuple(line.split())
+    if isinstance(task, MultipleChoice):
+        if len(parts) < 3:
+            raise RowError("write the question and two or more options with tabs between them")
+        return parts[0], parts[1:]
+    return parts if len(parts) == 2 and isinstance(task, HeadTask) else line
+
+
+def shows_probability(task: Task) -> bool:
+    return isinstance(task, Classification | MultipleChoice)
