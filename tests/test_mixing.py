@@ -110,13 +110,14 @@ def test_nothing_to_draw_is_an_error():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_collation_pads_to_the_longest_on_the_tokenizers_side(side: str):
+def test_collation_pads_to_the_longest_on_the_right_whatever_the_tokenizer_says(side: str):
     tasks = tiny.tasks()
     tokenizer = tiny.tokenizer()
     tokenizer.padding_side = side
     texts = Examples(["cat", "the dog is very good " * 9], ["cat", None])
     corpus = Corpus.of(tasks, {"pet": texts, "mood": Examples(["bad"], ["bad"])}, HeadReader(tokenizer, 8, "right"))
     batch = corpus.collate([(1, 0), (1, 1), (0, 0)])
+    tokenizer.padding_side = "right"
     expected = tokenizer([*texts.texts, "bad"], truncation=True, max_length=8, padding="longest", return_tensors="pt")
     assert torch.equal(batch.inputs["input_ids"], expected["input_ids"])
     assert torch.equal(batch.inputs["attention_mask"], expected["attention_mask"])

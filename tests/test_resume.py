@@ -126,7 +126,9 @@ def test_a_damaged_checkpoint_never_crowds_out_a_good_one(tmp_path: Path, monkey
     assert checkpoint.checkpoints(tmp_path)[-1][0] == 12
 
 
-def test_a_signal_after_the_last_look_is_not_lost():
+def test_a_signal_after_the_last_look_is_not_lost(request: pytest.FixtureRequest):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), checkpoint.Signals(True):
         signal.raise_signal(signal.SIGINT)
     with checkpoint.Signals(False), pytest.raises(KeyboardInterrupt):  # nothing to save: as always

@@ -150,8 +150,8 @@ def train(
     [bold]polyrank train recipe.yaml --resume[/]
     """
     with user_errors():
-        from polyrank.quickstart import results_table, timing_line
         from polyrank.recipe import read_recipe, run
+        from polyrank.recipe.card import show
 
         quiet_libraries()
         changed = read_recipe(recipe, settings or ())
@@ -166,9 +166,7 @@ def train(
             console.print("\n".join(lines(plan(changed))), highlight=False, markup=False, soft_wrap=True)
             return
         finished = run(changed, overwrite=overwrite, resume=resume, progress=console.is_terminal)
-        console.print(results_table(finished.results))
-        console.print(timing_line(finished.results), style="dim", highlight=False)
-        console.print(f"The run is in {finished.folder}", highlight=False)
+        show(finished, console)
 
 
 @app.command()
@@ -254,8 +252,8 @@ def predict(
 
     [bold]cat headlines.txt | polyrank predict runs/quickstart-moore --task sarcasm --json[/]
 
-    Rows of a data file are read by the columns of the run's recipe. In a line of plain text, tabs stand between the two
-    texts of a pair, and between a question and its options.
+    Rows of a data file are read by the columns of the run's recipe, and a line is put into its template. Tabs stand
+    between the two texts of a pair, and between a question and its options.
     """
     with user_errors():
         from polyrank.evaluate import predict
@@ -267,8 +265,8 @@ def predict(
         questions = read_questions(texts or [], file)
         loaded = load_run(run)
         size = loaded.recipe.training.eval_batch_size
-        for one in chosen_tasks(loaded, task):
-            asked = as_texts(loaded, one, questions)
+        everything = [(one, as_texts(loaded, one, questions)) for one in chosen_tasks(loaded, task)]
+        for one, asked in everything:
             for text, found in zip(asked, predict(loaded.model, asked, one.name, batch_size=size), strict=True):
                 if as_json:
                     entry = {"task": one.name, "text": text, "answer": found.answer}
@@ -295,7 +293,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
 ) -> None:
-    """Let a run of a language model write: the same prompt under one task, or under each.
+    """Let a run of a language model write after a prompt, as it stands, under one task or under each.
 
     [bold]polyrank generate runs/mine --task summary "A long text ..." --beams 4[/]
 

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,24 @@ class History:
     seconds: float = 0.0
 
 
+Track = Callable[[dict[str, float], int], None]
+
+
+def silent(numbers: dict[str, float], step: int) -> None:
+    """No tracker."""
+
+
 class Log:
     """Fills a history, writes metrics.jsonl and moves the progress bar; only the first process writes and shows."""
 
-    def __init__(self, folder: Path | None, progress: bool, steps: int, main: bool, first: int = 0) -> None:
-        """`first`: the step that a resumed run goes on from; the lines up to it stay, later ones will come again."""
-        self.history, self.first, self.main = History(), first, main
+    def __init__(
+        self, folder: Path | None, progress: bool, steps: int, main: bool, first: int = 0, track: Track = silent
+    ) -> None:
+        """`first`: the step that a resumed run goes on from; the lines up to it stay, later ones will come again.
+
+        `track`: takes every line's numbers, and its step.
+        """
+        self.history, self.first, self.main, self.track = History(), first, main, track
         self.path = folder / "metrics.jsonl" if folder is not None and main else None
         columns = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
         self.bar = Progress(
@@ -84,7 +97,17 @@ class Log:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, allow_nan=False) + "\n")
+        self.track(dict(_flat(entry)), entry["step"])
         return entry
+
+
+def _flat(entry: dict[str, Any], above: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a line by name, those inside others with a bar: losses/news."""
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}/")
+        elif isinstance(value, int | float) and key not in ("step", "seconds"):
+            yield f"{above}{key}", float(value)
 
 
 def _entry(line: str) -> dict[str, Any] | None:

@@ -39,9 +39,8 @@ class Features:
             inputs = {k: x.to(self.model.device) for k, x in self.model.reader.collate([new[k] for k in keys]).items()}
             hidden, pooled = self.model.hidden(inputs, None)
             for i, key in enumerate(keys):
-                words = new[key].marks
-                left = len(hidden[i]) - len(key[0]) if self.model.reader.tokenizer.padding_side == "left" else 0
-                found = hidden[i, [left + at for at in words]] if words else pooled[i : i + 1]
+                marks = new[key].marks
+                found = hidden[i, marks] if marks else pooled[i : i + 1]
                 self.known[key] = found.cpu().clone()
         width = self.model.backbone.config.hidden_size
         return torch.cat([torch.empty(0, width), *(self.known[_key(row)] for row in rows)])

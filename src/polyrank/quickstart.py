@@ -16,6 +16,7 @@ from polyrank.evaluate import predict
 from polyrank.models import HeadModel
 from polyrank.probe import Features
 from polyrank.recipe import Recipe, RecipeError, Run, check_recipe, load_run, load_tasks, run
+from polyrank.recipe.card import show
 from polyrank.recipe.loading import build_model, load_backbone, speaks_language
 from polyrank.recipe.reading import apply_setting, parse_yaml
 from polyrank.recipe.schema import nearest
@@ -86,8 +87,7 @@ def quickstart(choices: Choices, seeds: Sequence[int], console: Console, *, over
     for recipe in recipes:
         console.print(f"[bold]{recipe.method['name']}[/] on {recipe.model}, seed {recipe.training.seed}")
         finished = run(recipe, overwrite=overwrite, progress=console.is_terminal, features=frozen)
-        console.print(results_table(finished.results))
-        console.print(timing_line(finished.results), style="dim", highlight=False)
+        show(finished, console)
         runs.append(finished)
     if len(runs) > 1:
         console.print(seeds_table(runs))
@@ -103,31 +103,6 @@ def frozen_features(recipe: Recipe) -> Features | None:
     return Features(model) if isinstance(model, HeadModel) else None
 
 
-def results_table(results: dict[str, Any]) -> Table:
-    """Scores in percent: one row per task, and their mean with the difference."""
-    metrics = {row["metric"] for row in results["tasks"].values()}
-    one = len(metrics) == 1
-    heads = any("frozen_l2" in row for row in results["tasks"].values())
-    table = Table(title=f"test {next(iter(metrics)) if one else 'scores'}, %", title_justify="left")
-    frozen = "frozen model, converged head" if heads else "frozen model"
-    columns = ["task", *([] if one else ["metric"]), "trivial answer", frozen, "adapted model", "difference"]
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
-    for name, row in [*results["tasks"].items(), ("mean", results["mean"])]:
-        if name == "mean":
-            table.add_section()
-        cells = [_percent(row[column]) for column in ("majority", "frozen", "adapted")]
-        known = row["adapted"] is not None and row["frozen"] is not None
-        difference = f"{100 * (row['adapted'] - row['frozen']):+.1f}" if known else ""
-        metric = [] if one else [row.get("metric", "")]
-        table.add_row(name, *metric, *cells, difference, style="bold" if name == "mean" else "")
-    return table
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
-
-
 def seeds_table(runs: Sequence[Run]) -> Table:
     """The mean over the tasks for each seed, and the mean and standard deviation over the seeds, in percent."""
     table = Table(
@@ -140,13 +115,6 @@ def seeds_table(runs: Sequence[Run]) -> Table:
     columns = [[a for a, _ in rows], [b for _, b in rows], [b - a for a, b in rows]]
     table.add_row("mean ± sd", *(f"{mean(c):.1f} ± {stdev(c):.1f}" for c in columns), style="bold")
     return table
-
-
-def timing_line(results: dict[str, Any]) -> str:
-    seconds = results["seconds"]
-    parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
-    step = f"kept step {results['best_step']}, held-out mean {100 * results['held_out_mean']:.1f}"
-    return f"{step}; {results['adapter_parameters']:,} adapter weights; {sum(seconds.values()):.0f} s ({parts})"
 
 
 @torch.no_grad()
@@ -183,7 +151,7 @@ def prove_reload(finished: Run, console: Console) -> None:
 
 def next_steps(finished: Run, console: Console) -> None:
     folder = finished.folder
-    console.print(f"\nThe run is in {folder}. Now try:", highlight=False)
+    console.print("\nNow try:", highlight=False)
     for line in (
         f'polyrank predict {folder} --task {finished.recipe.tasks[0].name} "your text"',
         f"polyrank eval {folder}",

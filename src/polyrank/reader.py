@@ -51,7 +51,7 @@ class Reader(ABC):
 
 
 class HeadReader(Reader):
-    """For models with heads: texts, pairs and lists of words, padded on the tokenizer's side."""
+    """For models with heads: texts, pairs and lists of words, padded on the right, so that positions begin at 0."""
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded]:
         """Of each text or pair of texts; of a pair that is too long, the longer part is cut."""
@@ -85,17 +85,16 @@ class HeadReader(Reader):
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """input_ids, attention_mask; token_type_ids where a row is a pair; words where words are asked about."""
-        left = self.tokenizer.padding_side == "left"
         inputs = {
-            "input_ids": self.pad([row.ids for row in rows], self.pad_id, left),
-            "attention_mask": self.pad([[1] * len(row.ids) for row in rows], 0, left),
+            "input_ids": self.pad([row.ids for row in rows], self.pad_id, left=False),
+            "attention_mask": self.pad([[1] * len(row.ids) for row in rows], 0, left=False),
         }
         if any(row.types for row in rows):
-            inputs["token_type_ids"] = self.pad([row.types or [0] * len(row.ids) for row in rows], 0, left)
+            inputs["token_type_ids"] = self.pad([row.types or [0] * len(row.ids) for row in rows], 0, left=False)
         if any(row.marks for row in rows):
             marked = [set(row.marks) for row in rows]
             flags = [[int(i in marks) for i in range(len(row.ids))] for row, marks in zip(rows, marked, strict=True)]
-            inputs["words"] = self.pad(flags, 0, left).bool()
+            inputs["words"] = self.pad(flags, 0, left=False).bool()
         return inputs
 
 

@@ -20,7 +20,9 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from pydantic import BaseModel, ConfigDict, Field
+from accelerate.tracking import filter_trackers
+from accelerate.utils import ProjectConfiguration
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from polyrank.checkpoint import Interrupted, Signals, refuse_checkpoints, save_checkpoint
@@ -33,6 +35,7 @@ from polyrank.models import MultiTaskModel
 from polyrank.tasks import Examples, Task
 from polyrank.train_state import Best, Running, Trainable
 
+TRACKERS = "trackers"  # the folder of their files, in the run's
 PATIENCE = 10  # rejected steps in a row before training gives up
 
 
@@ -66,10 +69,25 @@ class Training(BaseModel):
     )
     max_holdout: int = Field(default=100, ge=0, description="at most this many held-out examples per task")
     mixing: Mixing = Mixing()
+    trackers: list[str] = Field(
+        default=[], description="where else to log: tensorboard, wandb, mlflow, ... (what accelerate knows and finds)"
+    )
     task_weights: dict[str, float] | None = Field(
         default=None, description="w_t of each task; default: its share of the labels"
     )
     seed: int = Field(default=0, ge=0)
+
+    @field_validator("trackers")
+    @classmethod
+    def _known(cls, trackers: list[str]) -> list[str]:
+        """Trackers that accelerate knows and whose packages are here."""
+        found = (
+            [str(one) for one in filter_trackers([*trackers], TRACKERS)] if trackers else []
+        )  # what accelerate finds
+        for name in trackers:
+            if name not in found:
+                raise ValueError(f"the tracker {name!r} is not installed: pip install {name}, or leave it out")
+        return trackers
 
     def rate(self, step: int) -> float:
         """The factor on the learning rates at a step counted from 0: a pure function, so resuming needs no state."""
@@ -120,7 +138,7 @@ def train(
     """
     if [task.bare() for task in tasks] != [task.bare() for task in model.tasks]:
         raise ValueError("these tasks are not the model's: build MultiTaskModel from the same list of tasks")
-    accelerator = Accelerator()
+    accelerator = tracking(training, folder)
     model.to(accelerator.device).train()
     if training.checkpointing:
         adapter.enable_checkpointing()
@@ -134,7 +152,7 @@ def train(
     share_weights(parameters, accelerator)
     main = accelerator.is_main_process
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    log = Log(folder, progress, training.steps, main, first)
+    log = Log(folder, progress, training.steps, main, first, accelerator.log)
     with torch.random.fork_rng(devices), log, Signals(folder is not None) as signals:
         run.start(log)
         if first == 0:
@@ -169,7 +187,18 @@ def train(
                 raise Interrupted(stop, step + 1, folder)
     run.best.restore()
     model.eval()
+    accelerator.end_training()
     return log.history
+
+
+def tracking(training: Training, folder: Path | None) -> Accelerator:
+    """The accelerator, with the trackers that were asked for; their files go to `folder`/trackers."""
+    if not training.trackers:
+        return Accelerator()
+    place = ProjectConfiguration(logging_dir=str(Path(folder or ".") / TRACKERS))
+    accelerator = Accelerator(log_with=[*training.trackers], project_config=place)
+    accelerator.init_trackers("polyrank")
+    return accelerator
 
 
 def build_optimizer(
@@ -205,7 +234,7 @@ def identity(model: MultiTaskModel, training: Training, corpus: Corpus, held: Ma
     """What a checkpoint must agree with: settings, tasks, every example, and the frozen model."""
     frozen = {name: p for name, p in model.backbone.named_parameters() if not p.requires_grad}
     known = [
-        training.model_dump(mode="json", exclude={"checkpoint_every", "eval_batch_size"}),
+        training.model_dump(mode="json", exclude={"checkpoint_every", "eval_batch_size", "trackers"}),
         [task.bare() for task in model.tasks],
         [[(row.ids, row.target) for row in rows] for rows in corpus.rows],
         [(name, examples.texts, examples.labels) for name, examples in held.items()],

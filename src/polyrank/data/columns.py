@@ -134,6 +134,14 @@ def value(row: Mapping[str, Any], column: str, extra: Mapping[str, str] | None =
     return found
 
 
+def fields(column: str) -> list[str]:
+    """The columns that a column's name or template takes, without what is inside them."""
+    if "{" not in column:
+        return [column]
+    found = [name for _, name, _, _ in string.Formatter().parse(column) if name]
+    return list(dict.fromkeys(name.split("[")[0] for name in found))
+
+
 class _Template(string.Formatter):
     """Templates reach into columns by key, never into Python objects."""
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from polyrank.data import Columns, read_rows
-from polyrank.data.columns import RowError
+from polyrank.data.columns import RowError, fields
 from polyrank.data.rows import ENDINGS
 from polyrank.recipe.reading import RecipeError
 from polyrank.recipe.runs import Run
 from polyrank.recipe.schema import nearest
-from polyrank.tasks import Classification, HeadTask, MultipleChoice, Task, Text, TokenClassification
+from polyrank.tasks import Classification, MultipleChoice, Task, Text
 
 
 def chosen_tasks(run: Run, task: str | None) -> list[Task]:
@@ -58,10 +58,10 @@ def read_questions(texts: Sequence[str], file: Path | None) -> list[str] | list[
 
 
 def as_texts(run: Run, task: Task, questions: list[str] | list[Mapping[str, Any]]) -> list[Text]:
-    """The questions as the task reads them: rows by the columns of the run's recipe, lines as they are.
+    """The questions as the task reads them: rows by the columns of the run's recipe, and lines of text.
 
-    A line for token classification is cut at white space; a pair is two texts with a tab between them, and a question
-    of multiple choice is followed by its options, with tabs.
+    A line is put into the recipe's template, if that has one column. For token classification it is cut at white space;
+    a tab stands between the two texts of a pair, and between a question of multiple choice and its options.
 
     Raises:
         RecipeError: a question that does not fit the task.
@@ -71,24 +71,41 @@ def as_texts(run: Run, task: Task, questions: list[str] | list[Mapping[str, Any]
     out: list[Text] = []
     for number, question in enumerate(questions, start=1):
         try:
-            text = _line(task, question) if isinstance(question, str) else columns.question(question)
+            row = _row(task, columns, question) if isinstance(question, str) else question
+            text = columns.question(row)
             task.check(text, None)
         except (RowError, ValueError) as error:
             where = f"text {number}" if isinstance(question, str) else question["_where"]
-            raise RecipeError(f"{where}: {error}") from error
+            raise RecipeError(f"{where}, task {task.name!r}: {error}") from error
         out.append(text)
     return out
 
 
-def _line(task: Task, line: str) -> Text:
-    parts = tuple(line.split("\t"))
-    if isinstance(task, TokenClassification):
-        return tuple(line.split())
-    if isinstance(task, MultipleChoice):
+def _row(task: Task, columns: Columns, line: str) -> dict[str, Any]:
+    """A line as a row of the task's data."""
+    parts = line.split("\t")
+    if isinstance(columns.text_column, str):
+        names = [name for name in fields(columns.text_column) if name != "options"]
+        if len(names) != 1:
+            raise RowError(f"its text is made of the columns {names}: give rows in a .jsonl file, with --file")
+        if not isinstance(task, MultipleChoice):
+            return {names[0]: line}
         if len(parts) < 3:
             raise RowError("write the question and two or more options with tabs between them")
-        return parts[0], parts[1:]
-    return parts if len(parts) == 2 and isinstance(task, HeadTask) else line
+        return {names[0]: parts[0], **_options(columns, parts[1:])}
+    if len(parts) != len(columns.text_column):
+        raise RowError(f"it has {len(columns.text_column)} texts: write them on a line with tabs between them")
+    return dict(zip(columns.text_column, parts, strict=True))
+
+
+def _options(columns: Columns, options: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(columns.options, str):
+        return dict(zip(columns.options, options, strict=False))
+    first, *rest = columns.options.split(".")
+    found: Any = list(options)
+    for part in reversed(rest):
+        found = {part: found}
+    return {first: found}
 
 
 def shows_probability(task: Task) -> bool:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -144,7 +143,8 @@ def load_backbone(recipe: Recipe, language: bool) -> tuple[PreTrainedModel, PreT
     try:
         config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        backbone = _kind(config, language).from_pretrained(source, dtype=torch.float32, **options)
+        _quiet(config)
+        backbone = _kind(config, language).from_pretrained(source, config=config, dtype=torch.float32, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RecipeError(
@@ -153,9 +153,6 @@ def load_backbone(recipe: Recipe, language: bool) -> tuple[PreTrainedModel, PreT
         ) from error
     if language and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token will do
-    for module in backbone.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # the base is frozen: noise in it costs time and repeatability
     backbone = backbone.eval()
     _check_length(recipe, config)
     if language and not config.is_encoder_decoder and not is_causal(backbone):
@@ -170,6 +167,13 @@ def _kind(config: PreTrainedConfig, language: bool) -> type:
     if language:
         return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+
+
+def _quiet(config: PreTrainedConfig) -> None:
+    """No dropout: the base is frozen, and noise in it costs time and repeatability."""
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
 
 
 def _quantised(recipe: Recipe) -> dict[str, BitsAndBytesConfig]:

@@ -2,17 +2,14 @@
 
 import itertools
 import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-import torch
-
 from polyrank.corpus import Corpus
 from polyrank.recipe.loading import build_model, load_backbone, load_tasks, speaks_language
-from polyrank.recipe.runs import attach
+from polyrank.recipe.runs import attach, peak_bytes
 from polyrank.recipe.schema import Recipe
 from polyrank.summary import Summary
 from polyrank.tasks import HeadTask, Regression, Task
@@ -98,18 +95,6 @@ def _task_plan(task: Task, kept: int, held: int, lengths: Sequence[int], most: i
     full = sum(length >= most for length in lengths)
     tokens = sum(lengths) / max(1, len(lengths))
     return TaskPlan(task.name, task.kind, kept, held, len(task.test), dict(counts.most_common()), missing, full, tokens)
-
-
-def peak_bytes() -> int:
-    """The most memory that was in use so far: of the accelerator, or of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # no such thing on Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def lines(found: Plan, shown: int = 4) -> Sequence[str]:

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from polyrank.adapt import Adapter, adapt
@@ -199,10 +201,23 @@ def summarise(
         "held_out_mean": history.best_score,
         "skipped_steps": history.skipped,
         "adapter_parameters": sum(p.numel() for p in adapter.parameters()),
+        "peak_bytes": peak_bytes(),
         "seconds": seconds,
         "versions": {name: version(name) for name in ("polyrank", "torch", "transformers")}
         | {"python": platform.python_version()},
     }
+
+
+def peak_bytes() -> int:
+    """The most memory that was in use so far: of the accelerator, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # no such thing on Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def load_run(folder: Path) -> Run:

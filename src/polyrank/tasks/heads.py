@@ -137,7 +137,7 @@ class MultiLabel(HeadTask):
 
     def labels(self, rows: Sequence[Row]) -> Tensor:
         missing = [math.nan] * len(self.names)
-        return torch.tensor([row.target or missing for row in rows]).view(len(rows), -1)
+        return torch.tensor([row.target or missing for row in rows]).view(len(rows), len(self.names))
 
     def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The binary cross-entropies in nats, their mean over the labels: (n, C), (n, C) -> scalar."""

@@ -44,7 +44,7 @@ class LanguageTask(Task):
         return len(labels)
 
     def read(self, logits: Tensor, rows: Sequence[Row]) -> list[Likelihood]:
-        labels = self.labels(rows).to(logits.device)
+        logits, labels = logits.detach(), self.labels(rows).to(logits.device)
         taken = -F.cross_entropy(logits.float(), labels, reduction="none")  # (n,)
         right, sizes = (logits.argmax(-1) == labels).long(), [len(row.target) for row in rows]
         parts = zip(taken.split(sizes), right.split(sizes), sizes, strict=True)

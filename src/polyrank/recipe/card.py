@@ -1,0 +1,68 @@
+"""What a finished run shows: its scores, what it cost, and where its files are."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from polyrank.recipe.runs import Run
+
+
+def show(finished: Run, console: Console) -> None:
+    """The table of scores and the card."""
+    console.print(results_table(finished.results))
+    console.print(card(finished), highlight=False)
+
+
+def results_table(results: dict[str, Any]) -> Table:
+    """Scores in percent: one row per task, and their mean with the difference."""
+    metrics = {row["metric"] for row in results["tasks"].values()}
+    one = len(metrics) == 1
+    heads = any("frozen_l2" in row for row in results["tasks"].values())
+    table = Table(title=f"test {next(iter(metrics)) if one else 'scores'}, %", title_justify="left")
+    frozen = "frozen model, converged head" if heads else "frozen model"
+    columns = ["task", *([] if one else ["metric"]), "trivial answer", frozen, "adapted model", "difference"]
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for name, row in [*results["tasks"].items(), ("mean", results["mean"])]:
+        if name == "mean":
+            table.add_section()
+        cells = [_percent(row[column]) for column in ("majority", "frozen", "adapted")]
+        known = row["adapted"] is not None and row["frozen"] is not None
+        difference = f"{100 * (row['adapted'] - row['frozen']):+.1f}" if known else ""
+        metric = [] if one else [row.get("metric", "")]
+        table.add_row(name, *metric, *cells, difference, style="bold" if name == "mean" else "")
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def card(finished: Run) -> Panel:
+    """Cost, parameters, and files."""
+    results, folder = finished.results, finished.folder
+    seconds, summary = results["seconds"], finished.adapter.summary()
+    parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    skipped = f", {results['skipped_steps']} skipped as not finite" if results["skipped_steps"] else ""
+    share = summary.trainable_parameters / max(1, summary.base_parameters)
+    rows = {
+        "method": f"{finished.recipe.method['name']} on {finished.recipe.model}, {len(finished.adapter.tasks)} tasks",
+        "parameters": f"{summary.trainable_parameters:,} trained, {share:.2%} of {summary.base_parameters:,} frozen",
+        "kept": f"step {results['best_step']} of {finished.recipe.training.steps}, held-out mean "
+        f"{100 * results['held_out_mean']:.1f}{skipped}",
+        "time": f"{sum(seconds.values()):.0f} s ({parts})",
+        "memory": f"{results['peak_bytes'] / 2**20:,.0f} MiB at most",
+        "files": f"{folder}: adapter ({_size(folder / 'adapter')}), heads, recipe.yaml, metrics.jsonl, results.json",
+    }
+    grid = Table.grid(padding=(0, 2))
+    for name, text in rows.items():
+        grid.add_row(f"[dim]{name}[/]", text)
+    return Panel(grid, title="run", title_align="left", expand=False)
+
+
+def _size(folder: Path) -> str:
+    count = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return f"{count / 2**20:.1f} MiB"
