@@ -10,8 +10,9 @@ from typer.testing import CliRunner, Result
 
 import tiny
 from polyrank.cli import app
-from polyrank.recipe import read_recipe
-from polyrank.tasks import Examples
+from polyrank.recipe import load_tasks, read_recipe
+from polyrank.recipe.init import guess
+from polyrank.tasks import Examples, LanguageTask
 
 
 def call(*words: object) -> Result:
@@ -117,3 +118,60 @@ def test_a_split_by_content_keeps_equal_texts_together_and_needs_no_seed():
     assert not set(train.texts) & set(test.texts)
     longer = Examples([*texts, "Text  3"], ["x"] * 121).split(0.2)
     assert ("Text  3" in longer[1].texts) == ("text 3" in longer[1].texts)
+
+
+NOUNS = ["cat", "dog", "fish", "bird"]
+ROWS = {
+    "classification": [{"body": f"the {NOUNS[i % 4]} number {i}", "kind": NOUNS[i % 4]} for i in range(30)],
+    "pairs": [{"one": f"a {i} cat sat", "two": f"the cat {i} sat", "same": bool(i % 2)} for i in range(30)],
+    "multi_label": [{"text": f"a text {i}", "topics": NOUNS[: i % 3]} for i in range(30)],
+    "regression": [{"text": f"a text {i}", "score": i / 7} for i in range(30)],
+    "similarity": [{"first": f"a text {i}", "second": f"b text {i}", "score": i / 7} for i in range(30)],
+    "token_classification": [{"tokens": ["the", f"w{i}"], "ner": ["O", "B-X"]} for i in range(30)],
+    "completion": [{"instruction": f"say {i} now", "output": f"said {i}"} for i in range(30)],
+    "chat": [
+        {"messages": [{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": "hello"}]}
+        for i in range(30)
+    ],
+    "plain": [{"text": f"once upon a time {i}"} for i in range(30)],
+    "multiple_choice": [{"question": f"which is {i}?", "choices": NOUNS[:3], "answer": i % 3} for i in range(30)],
+    "letters": [{"question": f"which is {i}?", "choices": NOUNS[:3], "answer": "ABC"[i % 3]} for i in range(30)],
+}
+GUESSED = {
+    "classification": {"type": "classification", "text": "body", "label": "kind"},
+    "pairs": {"type": "classification", "text": ["one", "two"], "label": "same"},
+    "multi_label": {"type": "multi_label", "text": "text", "label": "topics"},
+    "regression": {"type": "regression", "text": "text", "label": "score"},
+    "similarity": {"type": "regression", "text": ["first", "second"], "label": "score"},
+    "token_classification": {"type": "token_classification", "text": "tokens", "label": "ner"},
+    "completion": {"type": "generation", "text": "instruction", "label": "output"},
+    "chat": {"type": "generation", "text": "messages"},
+    "plain": {"type": "generation", "text": "text"},
+    "multiple_choice": {"type": "multiple_choice", "text": "question", "options": "choices", "label": "answer"},
+    "letters": {"type": "multiple_choice", "text": "question", "options": "choices", "label": "answer"},
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_each_type_is_guessed_and_its_rows_can_be_read(tmp_path: Path, name: str):
+    (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, ROWS[name])))
+    assert guess(ROWS[name]).fields == GUESSED[name]
+    assert call("init", tmp_path, "--out", tmp_path / "r.yaml").exit_code == 0
+    recipe = read_recipe(tmp_path / "r.yaml")
+    (task,) = load_tasks(recipe).tasks
+    assert task.kind == GUESSED[name]["type"] and len(task.train) + len(task.test) == 30
+    assert recipe.model == ("smollm2" if isinstance(task, LanguageTask) else "minilm")
+
+
+def test_tasks_of_both_kinds_become_tasks_of_a_language_model(tmp_path: Path):
+    for name in ("classification", "multiple_choice", "pairs", "regression"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, ROWS[name])))
+    result = call("init", tmp_path, "--out", tmp_path / "r.yaml")
+    assert result.exit_code == 0 and "left out" in result.output and "needs an encoder" in result.output
+    recipe = read_recipe(tmp_path / "r.yaml")
+    kinds = {task.name: task for task in load_tasks(recipe).tasks}
+    assert kinds.keys() == {"classification", "multiple_choice", "pairs"}
+    prompt, options = kinds["classification"].train.texts[0]
+    assert prompt.endswith("\nkind:") and options == tuple(sorted(NOUNS))
+    assert kinds["pairs"].train.texts[0][1] == ("false", "true") and kinds["pairs"].train.labels[0] in (0, 1)
+    assert recipe.model == "smollm2"

@@ -1,6 +1,5 @@
 """The recipes of the papers' protocols: every file parses, and rows in the hub's form give the papers' prompts."""
 
-import shutil
 from pathlib import Path
 
 import datasets
@@ -88,7 +87,7 @@ FISH = ("do fish sleep", True, "Fish rest.")
 FLAT = ("is the earth flat", False, "The earth is round.")
 SHOE = ("Where are shoes?", choices("box", "sea", "sky", "cup", "tree"), "A")
 
-# (data set, row, prompt, options, the right one); a label of None is missing
+# (row, prompt, options, the right one); None where the label is missing
 CSR = {
     "arc-c": [
         (
@@ -259,7 +258,7 @@ COMMONSENSE = {
 }
 COMMONSENSE["arc-c"] = COMMONSENSE["arc-e"]
 
-# (data set, row, prompt, label)
+# (row, prompt, label)
 NLU = {
     "cola": [
         (("He go.", 0), "Is the following sentence ”He go.” grammatically acceptable?\nAnswer:", "unacceptable"),
@@ -370,8 +369,7 @@ def test_a_header_tells_how_to_run_it_and_that_nobody_did(name: str):
     assert "https://arxiv.org/abs/" in said
 
 
-STSB = pytest.mark.xfail(reason="generation cannot take a label from a template: _text is given the template again")
-CASES = [pytest.param(name, task, marks=STSB if task == "stsb" else ()) for name in PAPERS for task in EXPECTED[name]]
+CASES = [(name, task) for name in PAPERS for task in EXPECTED[name]]
 
 
 @pytest.mark.parametrize(("name", "task"), CASES)
@@ -434,7 +432,6 @@ def test_copies_on_disk_give_labels_for_heads(tmp_path: Path):
 
 
 def test_a_folder_of_the_data_sets_name_beside_the_recipe_stands_for_the_hub(tmp_path: Path):
-    shutil.copy(FOLDER / "moore_csr_mtl.yaml", tmp_path)
     for task in ("arc-c", "boolq"):
         dataset = {"arc-c": "allenai/ai2_arc:ARC-Challenge", "boolq": "google/boolq"}[task]
         save(tmp_path / dataset, dataset, "train", "test", "validation", rows=[row for row, *_ in CSR[task]])

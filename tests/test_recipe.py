@@ -205,3 +205,11 @@ def test_fresh_heads_and_seeds(recipe_file: Path):
     assert first.results["best_step"] == 4  # nothing held out: the last step
     state = second.model.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in first.model.state_dict().items())
+
+
+def test_a_setting_reaches_into_a_task(tmp_path: Path):
+    path = write(tmp_path, GOOD)
+    recipe = read_recipe(path, ["tasks.mood.text=body", "tasks.r8.metric=macro_f1"])
+    assert recipe.tasks[1].text == "body" and (recipe.tasks[0].data, recipe.tasks[0].metric) == ("r8", "macro_f1")
+    with pytest.raises(RecipeError, match="no task 'moods'"):
+        read_recipe(path, ["tasks.moods.text=body"])

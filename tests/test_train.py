@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 import tiny
@@ -186,6 +187,20 @@ def test_schedules():
         assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == 1.0
         assert all(a >= b for a, b in itertools.pairwise(rates[10:])) and 0 < rates[-1] < 0.02
     assert linear.rate(55) == pytest.approx(0.5) and cosine.rate(55) == pytest.approx(0.5)
+
+
+def test_trackers_get_every_number_of_the_metrics(tmp_path: Path):
+    tasks = tiny.tasks()
+    model, adapter = ready(tasks)
+    training = Training(steps=3, batch_size=8, eval_every=3, trackers=["tensorboard"])
+    train(model, adapter, tasks, training, tmp_path, progress=False)
+    found = EventAccumulator(str(tmp_path / "trackers" / "polyrank")).Reload()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "losses/mood", "losses/pet", "held_out/mood", "held_out_mean", "lr"} <= set(found.Tags()["scalars"])
+    written = [(event.step, event.value) for event in found.Scalars("loss")]
+    assert written == [(line["step"], pytest.approx(line["loss"])) for line in lines if "loss" in line]
+    with pytest.raises(ValueError, match=r"Unsupported logging capability|not installed"):
+        Training(trackers=["abacus"])
 
 
 def test_other_tasks_than_the_models_are_refused():

@@ -43,6 +43,7 @@ class Columns:
     """Where a task's texts and labels stand in a row; None: the default columns of its type.
 
     names: the label of each number; of multiple choice the keys of the options, or the column that holds them.
+    choices: the options of multiple choice, where they are the same in every row.
     letters: show the options of multiple choice in the prompt, as "(A) text", and answer by letter.
     """
 
@@ -52,6 +53,7 @@ class Columns:
     options: Column = "options"
     names: Column | None = None
     letters: bool = False
+    choices: Sequence[str] | None = None
 
     def example(self, row: Mapping[str, Any]) -> tuple[Text, Label]:
         """The text and the label of a row.
@@ -266,11 +268,13 @@ def _generation(columns: Columns, row: Mapping[str, Any]) -> tuple[Text, Label]:
         return _conversation(found) if isinstance(found, list) else ("", _text(row, _one(column)))
     label = _one(columns.label_column)
     said = value(row, label)
-    if isinstance(said, int) and columns.names is not None:
+    if isinstance(said, int):
         said = _name(columns, said, label)
     prompt = value(row, _one(column))
     text = _turns(prompt) if isinstance(prompt, list) else _text(row, _one(column))
-    return text, None if said is None else _text({label: str(said)}, label)
+    if said is not None and not str(said).strip():
+        raise RowError(f"{label!r} is empty. Fill it in, or write null where the completion is missing")
+    return text, None if said is None else str(said)
 
 
 def _turns(found: Any) -> tuple[tuple[str, str], ...]:
@@ -292,7 +296,9 @@ def _conversation(found: Any) -> tuple[Text, Label]:
 
 
 def _multiple_choice(columns: Columns, row: Mapping[str, Any]) -> tuple[Text, Label]:
-    if isinstance(columns.options, str):
+    if columns.choices is not None:
+        options = tuple(columns.choices)
+    elif isinstance(columns.options, str):
         options = _strings(row, columns.options, "|") or ()
     else:
         options = tuple(_text(row, one) for one in columns.options)

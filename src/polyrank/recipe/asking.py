@@ -88,7 +88,7 @@ def _row(task: Task, columns: Columns, line: str) -> dict[str, Any]:
         names = [name for name in fields(columns.text_column) if name != "options"]
         if len(names) != 1:
             raise RowError(f"its text is made of the columns {names}: give rows in a .jsonl file, with --file")
-        if not isinstance(task, MultipleChoice):
+        if not isinstance(task, MultipleChoice) or columns.choices is not None:
             return {names[0]: line}
         if len(parts) < 3:
             raise RowError("write the question and two or more options with tabs between them")

@@ -24,6 +24,7 @@ PROMPTS = (
     ("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("input", "output"),
     ("source", "target"), ("question", "answer"), ("document", "summary"), ("article", "highlights"),
 )  # fmt: skip
+FEW = 10  # labels that a language model scores one by one
 MANY = 200  # a column with more different values than this is no label
 
 Rows = Sequence[Mapping[str, Any]]
@@ -36,6 +37,7 @@ class Guess:
     fields: dict[str, Any]
     why: str
     name: str = ""
+    labels: tuple[str, ...] = ()
     train: Path = Path()
     test: Path | None = None
 
@@ -74,7 +76,7 @@ def propose(places: Sequence[Path], folder: Path) -> tuple[str, list[str]]:
 
 
 def _all_language(guesses: Sequence[Guess]) -> tuple[list[Guess], list[str]]:
-    """Where one task needs a language model all do: it writes the label of a classification as its completion."""
+    """Where one task needs a language model all do: it chooses the label of a classification, or writes it."""
     kept: list[Guess] = []
     said: list[str] = []
     for one in guesses:
@@ -87,7 +89,9 @@ def _all_language(guesses: Sequence[Guess]) -> tuple[list[Guess], list[str]]:
                 said.append(f"left out: {one.train}: rename its text column to plain letters, to stand in a template")
                 continue
             template = "\n".join(f"{{{part}}}" for part in parts) + f"\n{one.fields['label']}:"
-            fields = {"type": "generation", "text": template, "label": one.fields["label"]}
+            fields = {"type": "multiple_choice", "text": template, "choices": one.labels, "label": one.fields["label"]}
+            if len(one.labels) > FEW:
+                fields = {"type": "generation", "text": template, "label": one.fields["label"]}
             kept.append(
                 replace(one, fields=fields, why=f"{one.why}; written out, as another task needs a language model")
             )
@@ -266,7 +270,8 @@ def _classes(rows: Rows, columns: Sequence[str]) -> Guess | None:
         return None
     pair, counts = _pair(rows, texts), values[label]
     why = f"classification of {_written(pair)} into {len(counts)} values of {label!r} ({_common(counts)})"
-    return Guess({"type": "classification", "text": pair, "label": label}, why)
+    names = sorted({json.dumps(row[label]) if isinstance(row[label], int) else row[label].strip() for row in rows})
+    return Guess({"type": "classification", "text": pair, "label": label}, why, labels=tuple(names))
 
 
 def _pair(rows: Rows, texts: Sequence[str]) -> str | list[str]:

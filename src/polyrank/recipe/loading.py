@@ -55,6 +55,8 @@ def load_tasks(recipe: Recipe) -> Loaded:
         tasks.append(task)
         if faults:
             notices.append(f"task {task.name!r}: {len(faults)} bad rows were left out, the first: {faults[0]}")
+        if not len(test.labelled()):
+            notices.append(f"task {task.name!r} has no labelled test example: it gets no score")
         if leaked := task.leaked():
             notices.append(
                 f"task {task.name!r}: {len(leaked)} of {len(task.test)} test texts also stand in its training data, "
@@ -151,7 +153,7 @@ def load_backbone(recipe: Recipe, language: bool) -> tuple[PreTrainedModel, PreT
             f"model {name!r} cannot be loaded{nearest(name, MODELS)}: {reason}\n"
             "Give a built-in name, a folder that has config.json, model.safetensors and the tokenizer, or a hub name"
         ) from error
-    if language and tokenizer.pad_token is None:
+    if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token will do
     backbone = backbone.eval()
     _check_length(recipe, config)

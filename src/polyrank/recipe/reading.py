@@ -113,9 +113,9 @@ def apply_setting(content: dict[str, Any], setting: str) -> None:
     if not equals or not all(keys):
         raise RecipeError(f"--set {setting!r}: write key=value, for example --set training.steps=50")
     place: Any = content
-    for key in keys[:-1]:
-        place = place.setdefault(key, {})
-        if not isinstance(place, dict):
+    for depth, key in enumerate(keys[:-1]):
+        place = _task(place, key, setting) if keys[:depth] == ["tasks"] else place.setdefault(key, {})
+        if not isinstance(place, dict) and keys[: depth + 1] != ["tasks"]:
             raise RecipeError(
                 f"--set {setting!r}: {key!r} holds no names; keys are such as training.steps, method.rank"
             )
@@ -123,6 +123,16 @@ def apply_setting(content: dict[str, Any], setting: str) -> None:
     if keys == ["method", "name"] and place.get("name") != parsed:
         place.clear()
     place[keys[-1]] = parsed
+
+
+def _task(tasks: Any, name: str, setting: str) -> Any:
+    """The entry of a list of tasks; a short one is written out."""
+    for i, task in enumerate(tasks if isinstance(tasks, list) else []):
+        if task == name:
+            tasks[i] = {"name": name, "data": name}
+        if isinstance(tasks[i], dict) and tasks[i].get("name") == name:
+            return tasks[i]
+    raise RecipeError(f"--set {setting!r}: the recipe has no task {name!r}; keys are such as tasks.NAME.train")
 
 
 def _explain(where: str, error: Mapping[str, Any], content: Mapping[str, Any]) -> str:

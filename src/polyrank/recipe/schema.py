@@ -45,6 +45,9 @@ class TaskSource(_Part):
     options: str | list[str] = Field(
         default="options", description="of multiple_choice: the column of the list of options, or a column for each"
     )
+    choices: list[str] | None = Field(
+        default=None, min_length=2, description="of multiple_choice: the options, where they are the same in every row"
+    )
     names: str | list[str] | None = Field(
         default=None,
         description="the names of labels that are numbers from 0; of multiple_choice the keys of the options",
@@ -65,15 +68,17 @@ class TaskSource(_Part):
             )
         if self.data is not None and self.test is not None:
             raise ValueError("'test' belongs to 'train', not to built-in data, which has its own test side")
-        if self.type != "multiple_choice" and (self.letters or self.normalise or self.options != "options"):
-            raise ValueError("options, letters and normalise belong to the type multiple_choice")
+        if self.type != "multiple_choice" and (
+            self.letters or self.normalise or self.choices or self.options != "options"
+        ):
+            raise ValueError("options, choices, letters and normalise belong to the type multiple_choice")
         if self.metric is not None and self.type is not None and self.metric not in KINDS[self.type].METRICS:
             raise ValueError(f"metric {self.metric!r}: {self.type} has {', '.join(KINDS[self.type].METRICS)}")
         return self
 
     def columns(self, kind: str) -> Columns:
         """How its rows are read."""
-        return Columns(kind, self.text, self.label, self.options, self.names, self.letters)
+        return Columns(kind, self.text, self.label, self.options, self.names, self.letters, self.choices)
 
     @property
     def plain(self) -> bool:
