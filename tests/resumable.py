@@ -8,7 +8,8 @@ from torch import Tensor
 import tiny
 from polyrank import Adapter, adapt
 from polyrank.files import write_folder
-from polyrank.train import Training, train
+from polyrank.train import train
+from polyrank.training import Training
 from small import METHODS
 
 KINDS = ("lora", "moore-token", "moore_topk-token", "more", "ase")

@@ -18,6 +18,7 @@ import yaml
 from filelock import FileLock
 
 import polyrank.checkpoint as checkpoint
+import polyrank.step as step
 import tiny
 from polyrank import Adapter
 from polyrank.cli import app
@@ -168,12 +169,10 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path):
 
 
 def test_out_of_memory_halves_the_micro_batch_at_an_equal_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import polyrank.train as training
-
     small = STEPS.model_copy(update={"accumulation": 4, "lr": 1e-3})
     expected = weights(go(tmp_path / "small", "lora", small))
     seen: list[int] = []
-    inner = training.backward
+    inner = step.backward
 
     def tight(model, adapter, batches, *rest):  # type: ignore[no-untyped-def]
         seen.append(max(len(batch.task_ids) for batch in batches))
@@ -183,7 +182,7 @@ def test_out_of_memory_halves_the_micro_batch_at_an_equal_gradient(tmp_path: Pat
             raise torch.OutOfMemoryError("CUDA out of memory")
         return inner(model, adapter, batches, *rest)
 
-    monkeypatch.setattr(training, "backward", tight)
+    monkeypatch.setattr(step, "backward", tight)
     found = weights(go(tmp_path / "large", "lora", small.model_copy(update={"accumulation": 1})))
     assert seen[0] > 4 >= seen[1] > 2 and set(seen[3:]) <= {1, 2}
     assert equal(found, expected)

@@ -19,8 +19,10 @@ from polyrank import LoRA, MoORE, adapt
 from polyrank.corpus import Corpus
 from polyrank.evaluate import evaluate
 from polyrank.mixing import Proportional
+from polyrank.step import backward, micro_batches, sum_gradients
 from polyrank.tasks import Classification, Examples
-from polyrank.train import Diverged, Training, backward, micro_batches, split, sum_gradients, train
+from polyrank.train import Diverged, split, train
+from polyrank.training import Training
 
 
 def ready(tasks: list[Classification], method=LoRA(rank=2)):  # noqa: B008

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from polyrank.checkpoint import FOLDER as CHECKPOINTS, checkpoints
 from polyrank.recipe.reading import RecipeError, read_recipe, write_recipe
 from polyrank.recipe.schema import Recipe
-from polyrank.train import TRACKERS
+from polyrank.training import TRACKERS
 
 # "complete" goes first
 FILES = ("results.json", "recipe.yaml", "metrics.jsonl", CHECKPOINTS, "adapter", "heads", TRACKERS)

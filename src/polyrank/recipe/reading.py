@@ -15,7 +15,7 @@ from polyrank.files import write_text
 from polyrank.methods import METHODS
 from polyrank.mixing import Mixing
 from polyrank.recipe.schema import Recipe, TaskSource, nearest
-from polyrank.train import Training
+from polyrank.training import Training
 
 LARGEST = 100_000  # bytes of a recipe file
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator,
 from polyrank.data import Columns
 from polyrank.methods import METHODS, Method
 from polyrank.tasks import KINDS, check_names
-from polyrank.train import Training
+from polyrank.training import Training
 
 
 class _Part(BaseModel):

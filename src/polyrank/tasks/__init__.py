@@ -13,13 +13,13 @@ from polyrank.tasks.heads import (
     HeadTask as HeadTask,
     MultiLabel as MultiLabel,
     Regression as Regression,
-    TokenClassification as TokenClassification,
 )
 from polyrank.tasks.language import (
     Generation as Generation,
     LanguageTask as LanguageTask,
     MultipleChoice as MultipleChoice,
 )
+from polyrank.tasks.words import TokenClassification as TokenClassification
 
 KINDS: dict[str, type[Task]] = {
     task.kind: task

@@ -68,7 +68,7 @@ class Classification(HeadTask):
     metric: str = "accuracy"
 
     def __post_init__(self) -> None:
-        _check_label_names(self.name, self.names)
+        check_label_names(self.name, self.names)
         super().__post_init__()
 
     @classmethod
@@ -81,7 +81,7 @@ class Classification(HeadTask):
         return len(self.names)
 
     def target(self, label: Label) -> list[int]:
-        return [_position(self.name, self.names, label)]
+        return [position(self.name, self.names, label)]
 
     def labels(self, rows: Sequence[Row]) -> Tensor:
         return torch.tensor([row.target[0] if row.target else MISSING for row in rows], dtype=torch.long)
@@ -117,7 +117,7 @@ class MultiLabel(HeadTask):
     metric: str = "micro_f1"
 
     def __post_init__(self) -> None:
-        _check_label_names(self.name, self.names, 1)
+        check_label_names(self.name, self.names, 1)
         super().__post_init__()
 
     @classmethod
@@ -132,7 +132,7 @@ class MultiLabel(HeadTask):
     def target(self, label: Label) -> list[float]:
         if not isinstance(label, tuple):
             raise ValueError(f"task {self.name!r}: {label!r:.80} is no list of labels")
-        chosen = {_position(self.name, self.names, one) for one in label}
+        chosen = {position(self.name, self.names, one) for one in label}
         return [float(i in chosen) for i in range(len(self.names))]
 
     def labels(self, rows: Sequence[Row]) -> Tensor:
@@ -213,91 +213,14 @@ class Regression(HeadTask):
         return [Prediction(self.mean)] * len(self.test)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenClassification(HeadTask):
-    """A tag for each word. A word's feature is that of its first token; words beyond `max_length` get no tag."""
-
-    kind: ClassVar[str] = "token_classification"
-    METRICS: ClassVar[tuple[str, ...]] = ("entity_f1", "accuracy")
-
-    names: tuple[str, ...]
-    metric: str = "accuracy"
-
-    def __post_init__(self) -> None:
-        _check_label_names(self.name, self.names)
-        super().__post_init__()
-
-    @classmethod
-    def from_examples(cls, name: str, train: Examples, test: Examples, **fields: Any) -> Self:
-        names = {str(tag) for label in train.labels if isinstance(label, tuple) for tag in label}
-        spans = "O" in names and all(tag == "O" or tag[:2] in ("B-", "I-") for tag in names)
-        fields = {"metric": "entity_f1" if spans else "accuracy"} | fields
-        return cls(name=name, names=tuple(sorted(names)), train=train, test=test, **fields)
-
-    @property
-    def outputs(self) -> int:
-        return len(self.names)
-
-    def check(self, text: Text, label: Label) -> None:
-        if isinstance(text, str) or not all(isinstance(word, str) for word in text):
-            raise ValueError(f"task {self.name!r}: {text!r:.80} is no list of words")
-        if label is not None and (not isinstance(label, tuple) or len(label) != len(text)):
-            raise ValueError(f"task {self.name!r}: {len(text)} words {text!r:.80} need as many tags, got {label!r:.80}")
-        if label is not None:
-            self.target(label)
-
-    def target(self, label: Label) -> list[int]:
-        return [_position(self.name, self.names, tag) for tag in label] if isinstance(label, tuple) else []
-
-    def rows(self, examples: Examples, reader: "HeadReader") -> list[Row]:
-        rows = []
-        for (ids, marks, words), label in zip(reader.encode_words(examples.texts), examples.labels, strict=True):
-            target = self.target(label)
-            rows.append(Row(ids, [target[word] for word in words] if target else [], marks=marks))
-        return rows
-
-    def features(self, hidden: Tensor, pooled: Tensor, words: Tensor | None, rows: Tensor) -> Tensor:
-        return hidden.new_zeros(0, hidden.shape[-1]) if words is None else hidden[rows][words[rows]]
-
-    def labels(self, rows: Sequence[Row]) -> Tensor:
-        flat = [tag for row in rows for tag in (row.target or [MISSING] * len(row.marks))]
-        return torch.tensor(flat, dtype=torch.long)
-
-    def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy in nats: (n, C), (n,) -> scalar, n words."""
-        return F.cross_entropy(logits, labels, ignore_index=MISSING, reduction="sum")
-
-    def count(self, labels: Tensor) -> int:
-        return int((labels != MISSING).sum())
-
-    def read(self, logits: Tensor, rows: Sequence[Row]) -> list[Prediction]:
-        parts = logits.argmax(-1).split([len(row.marks) for row in rows])
-        return [Prediction(tuple(self.names[tag] for tag in part.tolist())) for part in parts]
-
-    def score(self, answers: Sequence[Prediction], labels: Sequence[Any]) -> float:
-        """Words that were cut off count as wrong: as tagged with nothing."""
-        full = [
-            (*answer.answer, *[""] * (len(y) - len(answer.answer))) for answer, y in zip(answers, labels, strict=True)
-        ]
-        if self.metric == "entity_f1":
-            return metrics.entity_f1(list(zip(full, labels, strict=True)))
-        pairs = [pair for found, y in zip(full, labels, strict=True) for pair in zip(found, y, strict=True)]
-        return sum(a == b for a, b in pairs) / len(pairs) if pairs else 0.0
-
-    def trivial(self) -> list[Prediction]:
-        counts = Counter(tag for label in self.train.labels if isinstance(label, tuple) for tag in label)
-        most = counts.most_common(1)[0][0] if counts else self.names[0]
-        return [Prediction((most,) * len(words)) for words in self.test.texts]
-
-
-def _check_label_names(task: str, names: Sequence[str], least: int = 2) -> None:
+def check_label_names(task: str, names: Sequence[str], least: int = 2) -> None:
     if len(set(names)) < least or list(names) != sorted(set(names)):
         raise ValueError(
             f"task {task!r}: labels must be at least {least} different names in sorted order, got {list(names)[:8]}"
         )
 
 
-def _position(task: str, names: Sequence[str], label: object) -> int:
+def position(task: str, names: Sequence[str], label: object) -> int:
     if label not in names:
         raise ValueError(
             f"task {task!r}: label {label!r} is not among its {len(names)} labels {list(names)[:8]}: "

@@ -1,0 +1,152 @@
+"""One step: its micro-batches, their gradients, and the sums over processes.
+
+The labels are known before the forwards, so the counts are summed first and every micro-batch divides by the global
+count: however a step is split, its gradient is the same. Gradients are summed over processes by hand: a head or an
+expert that no sample of a process used just adds zero.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from polyrank.corpus import Batch, Corpus
+from polyrank.history import Log
+from polyrank.mixing import Sampler
+from polyrank.models import MultiTaskModel
+from polyrank.train_state import Running, Trainable
+from polyrank.training import Training
+
+
+def check_parts(sampler: Sampler, training: Training, accelerator: Accelerator) -> None:
+    """Every part of every step must have an example: the processes' collectives would not match.
+
+    Raises:
+        ValueError: with the sizes.
+    """
+    parts, smallest = accelerator.num_processes * training.accumulation, sampler.smallest
+    if accelerator.num_processes > 1 and smallest < parts:
+        raise ValueError(
+            f"steps of {smallest} examples cannot be split into {parts} parts ({accelerator.num_processes} processes x "
+            f"accumulation {training.accumulation}): raise batch_size or lower accumulation"
+        )
+
+
+def micro_batches(
+    sampler: Sampler, corpus: Corpus, step: int, accumulation: int, accelerator: Accelerator
+) -> list[Batch]:
+    """This process's share of a step; empty parts, in a step with fewer examples than parts, are left out."""
+    parts = accelerator.num_processes * accumulation
+    own = range(accelerator.process_index, parts, accelerator.num_processes)  # long and short texts for every process
+    picks = [sampler.batch(step, part, parts) for part in own]
+    return [corpus.collate(part).to(accelerator.device) for part in picks if part]
+
+
+def backward(
+    model: MultiTaskModel, adapter: Trainable, batches: list[Batch], training: Training, accelerator: Accelerator
+) -> tuple[float, dict[str, float]]:
+    """Add the gradients of one whole step of this process; returns the loss of all processes, and that of each task."""
+    device = model.device
+    counts = torch.zeros(len(model.tasks), dtype=torch.long)  # (T,)
+    for batch in batches:
+        counts += model.counts(batch.labels)
+    counts = counts.to(device)
+    live = total(torch.tensor(len(batches), device=device), accelerator)
+    counts = total(counts, accelerator)
+    weights = task_factors(
+        counts.to(next(adapter.parameters()).dtype), [task.name for task in model.tasks], training.task_weights
+    )
+    sums, extra = torch.zeros_like(weights), torch.zeros_like(weights[0])
+    for batch in batches:
+        with autocast(device, training.precision):
+            answers = model(batch.inputs, batch.task_ids)
+        own = model.loss_sums(answers, batch.labels)  # (T,)
+        auxiliary = sum(adapter.losses().values(), torch.zeros_like(extra)) / live
+        ((own * weights).sum() + auxiliary).backward()
+        sums += own.detach()
+        extra += auxiliary.detach()
+    sums, extra = total(sums, accelerator), total(extra, accelerator)
+    means = (sums / counts.clamp(min=1)).tolist()
+    losses = {task.name: m for task, m, n in zip(model.tasks, means, counts.tolist(), strict=True) if n}
+    return float((sums * weights).sum() + extra), losses
+
+
+def backward_within_memory(
+    run: Running,
+    sampler: Sampler,
+    corpus: Corpus,
+    step: int,
+    training: Training,
+    accelerator: Accelerator,
+    log: Log,
+) -> tuple[float, dict[str, float]]:
+    """`backward` of one whole step; out of memory, with twice as many micro-batches from then on: the same gradient."""
+    while True:
+        torch.manual_seed(hash((training.seed, step, accelerator.process_index)))  # noise depends on nothing else
+        batches = micro_batches(sampler, corpus, step, run.accumulation, accelerator)
+        try:
+            return backward(run.model, run.adapter, batches, training, accelerator)
+        except (RuntimeError, MemoryError) as error:
+            single = all(len(batch.task_ids) == 1 for batch in batches)
+            if not out_of_memory(error) or single or accelerator.num_processes > 1:
+                raise
+        run.optimizer.zero_grad(set_to_none=False)
+        run.accumulation *= 2
+        log.say(f"out of memory at step {step + 1}: each step is cut into {run.accumulation} micro-batches from now on")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on an accelerator or in main memory."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def task_factors(counts: Tensor, names: Sequence[str], task_weights: Mapping[str, float] | None) -> Tensor:
+    """w_t / N_t (T,): what a sum of losses is multiplied by; finite where a task has no valid label in this step."""
+    if task_weights is None:
+        return torch.ones_like(counts) / counts.sum().clamp(min=1)
+    if set(task_weights) != set(names):
+        raise ValueError(f"task_weights names {sorted(task_weights)}, the tasks are {sorted(names)}: give one for each")
+    return counts.new_tensor([task_weights[name] for name in names]) / counts.clamp(min=1)
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> float:
+    """Sum the gradients over the processes, zero where a process has none; returns their norm."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if accelerator.num_processes > 1:
+        flat = total(torch.cat([g.reshape(-1) for g in gradients]), accelerator)
+        for g, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            g.copy_(summed.view_as(g))
+    return float(nn.utils.get_total_norm(gradients))
+
+
+def total(x: Tensor, accelerator: Accelerator) -> Tensor:
+    """Summed over the processes, in place."""
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def agreed(signum: int, accelerator: Accelerator) -> int:
+    """The signal that any process received, or 0: all stop after the same step."""
+    if accelerator.num_processes == 1:
+        return signum
+    found = torch.tensor(signum, device=accelerator.device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found)
+
+
+def share_weights(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
+    """Every process starts from the weights of the first."""
+    if accelerator.num_processes > 1:
+        for p in parameters:
+            torch.distributed.broadcast(p.data, src=0)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

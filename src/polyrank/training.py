@@ -1,0 +1,70 @@
+"""How to train: the settings of a run, each checked and with its default."""
+
+import math
+from typing import Literal
+
+from accelerate.tracking import filter_trackers
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from polyrank.mixing import Mixing
+
+TRACKERS = "trackers"  # the folder of their files, in the run's
+
+
+class Training(BaseModel):
+    """How to train. batch_size counts the examples of one step over all processes and micro-batches."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    steps: int = Field(default=400, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    accumulation: int = Field(default=1, ge=1, description="micro-batches that one step is split into, on each process")
+    lr: float = Field(default=1e-3, gt=0, description="learning rate of the adapter")
+    head_lr: float = Field(default=3e-3, gt=0, description="learning rate of the heads")
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup: float = Field(
+        default=0.06, ge=0, lt=1, description="share of the steps over which the rate rises from zero"
+    )
+    schedule: Literal["linear", "cosine"] = "linear"
+    clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpointing: bool = Field(
+        default=False, description="recompute activations in the backward pass: less memory, more time"
+    )
+    eval_every: int = Field(default=100, ge=1, description="steps between two looks at the held-out examples")
+    eval_batch_size: int = Field(default=64, ge=1, description="rows of a batch when held-out examples are scored")
+    holdout: float = Field(
+        default=0.1, ge=0, lt=1, description="share of each task's training examples held out to choose the step"
+    )
+    checkpoint_every: int = Field(
+        default=100, ge=0, description="steps between two checkpoints in the run folder; 0: only when interrupted"
+    )
+    max_holdout: int = Field(default=100, ge=0, description="at most this many held-out examples per task")
+    mixing: Mixing = Mixing()
+    trackers: list[str] = Field(
+        default=[], description="where else to log: tensorboard, wandb, mlflow, ... (what accelerate knows and finds)"
+    )
+    task_weights: dict[str, float] | None = Field(
+        default=None, description="w_t of each task; default: its share of the labels"
+    )
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("trackers")
+    @classmethod
+    def _known(cls, trackers: list[str]) -> list[str]:
+        """Trackers that accelerate knows and whose packages are here."""
+        found = (
+            [str(one) for one in filter_trackers([*trackers], TRACKERS)] if trackers else []
+        )  # what accelerate finds
+        for name in trackers:
+            if name not in found:
+                raise ValueError(f"the tracker {name!r} is not installed: pip install {name}, or leave it out")
+        return trackers
+
+    def rate(self, step: int) -> float:
+        """The factor on the learning rates at a step counted from 0: a pure function, so resuming needs no state."""
+        rise = round(self.warmup * self.steps)
+        if step < rise:
+            return (step + 1) / rise
+        left = (self.steps - step) / max(1, self.steps - rise)  # 1 -> 0
+        return left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
