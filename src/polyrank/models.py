@@ -23,6 +23,7 @@ from polyrank.tasks import KINDS, HeadTask, LanguageTask, Task, Text, check_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+POSITIONS = "max_position_embeddings"  # in configurations, also under older names
 Pooling = Literal["mean", "first", "last"]
 
 
@@ -165,6 +166,9 @@ class LanguageModel(MultiTaskModel):
     ) -> list[str]:
         """What the model says after each prompt, by greedy or beam search unless `options` of transformers'
         `generate` say otherwise (do_sample=True, temperature=...). task_ids (B,): tasks may be mixed.
+
+        Raises:
+            ValueError: a prompt that fills the model's positions.
         """
         tasks = [self.tasks[i] for i in task_ids.tolist()]
         prompts = [
@@ -174,6 +178,13 @@ class LanguageModel(MultiTaskModel):
         rows = self.reader.rows(prompts, [None] * len(prompts), end=False)
         inputs = {key: value.to(self.device) for key, value in self.reader.collate(rows).items()}
         given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        config = self.backbone.config
+        places = config.to_dict().get(config.attribute_map.get(POSITIONS, POSITIONS))
+        if isinstance(places, int) and not config.is_encoder_decoder:
+            room = places - given["input_ids"].shape[1]
+            if room < 1:
+                raise ValueError(f"the longest prompt leaves no place to write: the model has {places} positions")
+            max_new_tokens = min(max_new_tokens, room)
         context = context_of(self.backbone)
         route = nullcontext() if context is None else context.on(task_ids.to(self.device), given["attention_mask"])
         training = self.training

@@ -68,7 +68,7 @@ class Probe:
     """The frozen model on one task. `head` saw all training examples, `selection_head` none of the held-out ones."""
 
     majority: float | None
-    score: float
+    score: float | None
     strength: float
     gradient_norm: float
     head: Head
@@ -141,17 +141,19 @@ def probe(task: HeadTask, kept: Examples, held: Examples, features: Features, *,
     best = losses.index(min(losses)) if len(y_held) else len(STRENGTHS) // 2
     head = fit(task, x_all, y_all, [STRENGTHS[best]])[0]
     labels = [label for label in task.test.labels if label is not None]
-    score = task.score(task.read(head(x_test), rows), labels)
+    score = task.score(task.read(head(x_test), rows), labels) if labels else None
     return Probe(trivial_score(task), score, STRENGTHS[best], head.gradient_norm, head, heads[best])
 
 
 def trivial_score(task: Task) -> float | None:
-    """The score of always giving the most common answer, None where there is no such thing."""
+    """The score of always giving the most common answer, None where there is no such thing, or no test label."""
     answers = task.trivial()
     if answers is None:
         return None
     pairs = zip(answers, task.test.labels, strict=True)
     known = [(answer, label) for answer, label in pairs if label is not None]
+    if not known:
+        return None
     return task.score([answer for answer, _ in known], [label for _, label in known])
 
 

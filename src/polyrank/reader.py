@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Side = Literal["left", "right"]
-Encoded = tuple[list[int], list[int]]  # token ids, and token type ids or nothing
+Encoded = tuple[list[int], list[int]]  # token ids, and token type ids or nothing, or the positions of words
 
 
 class Reader(ABC):
@@ -69,22 +69,32 @@ class HeadReader(Reader):
                 out[i] = (found["input_ids"][k], types[k] if pairs and types is not None else [])
         return out
 
-    def encode_words(self, texts: Sequence[Text]) -> list[tuple[list[int], list[int], list[int]]]:
-        """Of each list of words: token ids, the positions of the first token of each word, and which words they are."""
+    def encode_words(self, texts: Sequence[Text]) -> list[Encoded]:
+        """Of each list of words: token ids, and the position of each word's first token, as far as words were kept.
+
+        A word without a token of its own (a lone control character) takes the position before it.
+        """
         if not texts:
             return []
-        self.tokenizer.truncation_side = self.truncation
+        self.tokenizer.truncation_side = "right"
         split = [[str(word) for word in words] for words in texts]
         found = self.tokenizer(split, is_split_into_words=True, truncation=True, max_length=self.max_length)
         out = []
         for k, ids in enumerate(found["input_ids"]):
-            owners = found.word_ids(k)
-            firsts = [i for i, word in enumerate(owners) if word is not None and word not in owners[:i]]
-            out.append((ids, firsts, [owners[i] for i in firsts]))
+            first: dict[int, int] = {}
+            for position, word in enumerate(found.word_ids(k)):
+                if word is not None:
+                    first.setdefault(word, position)
+            kept = len(split[k]) if len(ids) < self.max_length else max(first, default=-1) + 1
+            marks: list[int] = []
+            for word in range(kept):
+                marks.append(first.get(word, marks[-1] if marks else 0))
+            out.append((ids, marks))
         return out
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """input_ids, attention_mask; token_type_ids where a row is a pair; words where words are asked about."""
+        """input_ids, attention_mask; token_type_ids where a row is a pair; words (B, W), the
+        positions of the words that are asked about, -1 where there is none."""
         inputs = {
             "input_ids": self.pad([row.ids for row in rows], self.pad_id, left=False),
             "attention_mask": self.pad([[1] * len(row.ids) for row in rows], 0, left=False),
@@ -92,9 +102,7 @@ class HeadReader(Reader):
         if any(row.types for row in rows):
             inputs["token_type_ids"] = self.pad([row.types or [0] * len(row.ids) for row in rows], 0, left=False)
         if any(row.marks for row in rows):
-            marked = [set(row.marks) for row in rows]
-            flags = [[int(i in marks) for i in range(len(row.ids))] for row, marks in zip(rows, marked, strict=True)]
-            inputs["words"] = self.pad(flags, 0, left=False).bool()
+            inputs["words"] = self.pad([row.marks for row in rows], -1, left=False)
         return inputs
 
 
@@ -235,5 +243,5 @@ class Seq2SeqReader(LanguageReader):
 
 def _special(found: object, what: str, cure: str) -> int:
     if not isinstance(found, int):
-        raise ValueError(f"the tokenizer has no {what} token: set {cure}")
+        raise ValueError(f"the tokenizer has no {what} token: set {cure}, or write it into its tokenizer_config.json")
     return found

@@ -89,6 +89,8 @@ def train(
     log = Log(folder, progress, training.steps, main, first, accelerator.log)
     with torch.random.fork_rng(devices), log, Signals(folder is not None) as signals:
         run.start(log)
+        for line in cut_texts(corpus):
+            log.say(line)
         if first == 0:
             look(run.best, 0, held, training, accelerator, log)
         for step in range(first, training.steps):
@@ -145,6 +147,20 @@ def build_optimizer(
         groups.append({"params": heads, "lr": training.head_lr, "weight_decay": training.weight_decay})
     groups = [{**group, "initial_lr": group["lr"]} for group in groups]
     return [*adapter.parameters(), *heads], torch.optim.AdamW(groups)
+
+
+def cut_texts(corpus: Corpus) -> list[str]:
+    """What to tell a person of texts that are longer than the model is given."""
+    most = corpus.reader.max_length
+    full = {
+        task.name: (sum(len(row.ids) >= most for row in rows), len(rows))
+        for task, rows in zip(corpus.tasks, corpus.rows, strict=True)
+    }
+    return [
+        f"task {name!r}: {some} of {all_} training texts fill max_length {most}; longer ones are cut"
+        for name, (some, all_) in full.items()
+        if some
+    ]
 
 
 def look(

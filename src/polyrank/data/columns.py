@@ -78,7 +78,7 @@ class Columns:
                 return turns[:-1] if turns[-1][0] == "assistant" else turns
             return _text(row, column)
         labels = [self.label_column] if isinstance(self.label_column, str) else self.label_column
-        return self.example({**dict.fromkeys(labels), **row})[0]
+        return self.example({**row, **dict.fromkeys(labels)})[0]
 
     @property
     def text_column(self) -> Column:
@@ -163,6 +163,10 @@ def _text(row: Mapping[str, Any], column: str, extra: Mapping[str, str] | None =
         raise RowError(f"{column!r} is {_short(found)}, not a string. Put it in quotes")
     if not found.strip():
         raise RowError(f"{column!r} is empty. Fill it in, or remove the row")
+    try:
+        found.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"{column!r} has half a character at {error.start} ({error.reason}). Write it again") from error
     return found
 
 
@@ -250,6 +254,8 @@ def _words(columns: Columns, row: Mapping[str, Any]) -> tuple[Text, Label]:
     words, tags = (_strings(row, _one(column), None) for column in (columns.text_column, columns.label_column))
     if not words:
         raise RowError(f"{columns.text_column!r} has no words. Fill it in, or remove the row")
+    if not all(word.strip() for word in words):
+        raise RowError(f"{columns.text_column!r} has an empty word. Remove it, and its tag")
     if tags is not None and len(tags) != len(words):
         raise RowError(f"{len(words)} words but {len(tags)} tags. Write one tag for each word")
     return words, tags
@@ -302,6 +308,8 @@ def _multiple_choice(columns: Columns, row: Mapping[str, Any]) -> tuple[Text, La
         options = _strings(row, columns.options, "|") or ()
     else:
         options = tuple(_text(row, one) for one in columns.options)
+    if len(set(options)) < len(options) or not all(option.strip() for option in options):
+        raise RowError(f"the options {_short(options)} are not all different, or one is empty")
     if len(options) < 2 or len(options) > len(LETTERS):
         raise RowError(f"{len(options)} options. Give two to {len(LETTERS)}, as a list")
     listed = "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))

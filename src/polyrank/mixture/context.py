@@ -48,7 +48,8 @@ class Route:
         if len(leading) == 0 or leading[0] % len(ids):
             raise ValueError(
                 f"{len(ids)} task_ids do not fit a layer input of shape {tuple(x.shape)}: its first dimension must be "
-                "the batch, or a multiple of it (windows, beams); give one id per sample"
+                "the batch, or a multiple of it (windows, beams); give one id per sample, and leave out layers "
+                "that read something else, such as a table of positions"
             )
         if leading[0] != len(ids):
             ids = ids.repeat_interleave(leading[0] // len(ids))
@@ -228,7 +229,11 @@ class Site:
     context: RouteContext = field(default_factory=lambda: RouteContext(()))
 
     def ids(self, x: Tensor) -> Tensor:
-        return self.context.route.ids(x)
+        """``Route.ids``; an error names the layer."""
+        try:
+            return self.context.route.ids(x)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
 
     def mask(self, x: Tensor) -> Tensor | None:
         return self.context.route.mask(x, self.stream)

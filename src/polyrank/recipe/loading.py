@@ -20,13 +20,14 @@ from transformers import (
 )
 
 from polyrank.assets import model_folder
+from polyrank.corpus import Corpus
 from polyrank.data import DATASETS, Columns, Record, examples, load, of_dataset, read_dataset, read_rows
 from polyrank.data.text import as_rows
 from polyrank.manifest import MODELS
 from polyrank.models import HeadModel, LanguageModel, MultiTaskModel
 from polyrank.recipe.reading import RecipeError
 from polyrank.recipe.schema import Recipe, TaskSource, nearest
-from polyrank.tasks import KINDS, Examples, HeadTask, LanguageTask, Task, shown
+from polyrank.tasks import KINDS, Examples, HeadTask, LanguageTask, Row, Task, plain, shown
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def load_tasks(recipe: Recipe) -> Loaded:
         tasks.append(task)
         if faults:
             notices.append(f"task {task.name!r}: {len(faults)} bad rows were left out, the first: {faults[0]}")
+        if missing := len(train) - len(train.labelled()):
+            notices.append(f"task {task.name!r}: {missing} of {len(train)} training examples have no label")
         if not len(test.labelled()):
             notices.append(f"task {task.name!r} has no labelled test example: it gets no score")
         if leaked := task.leaked():
@@ -148,7 +151,9 @@ def load_backbone(recipe: Recipe, language: bool) -> tuple[PreTrainedModel, PreT
         _quiet(config)
         backbone = _kind(config, language).from_pretrained(source, config=config, dtype=torch.float32, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:300]
+        if "Unrecognized configuration class" in reason:
+            reason = f"it cannot {'generate text' if language else 'read a text and give its features'}"
         raise RecipeError(
             f"model {name!r} cannot be loaded{nearest(name, MODELS)}: {reason}\n"
             "Give a built-in name, a folder that has config.json, model.safetensors and the tokenizer, or a hub name"
@@ -191,7 +196,8 @@ def _quantised(recipe: Recipe) -> dict[str, BitsAndBytesConfig]:
 
 def _check_length(recipe: Recipe, config: PreTrainedConfig) -> None:
     """A model with learned positions has no more of them than its config says."""
-    most = config.to_dict().get("max_position_embeddings")
+    key = "max_position_embeddings"
+    most = config.to_dict().get(config.attribute_map.get(key, key))
     if isinstance(most, int) and most < recipe.max_length:
         raise RecipeError(f"max_length {recipe.max_length}: the model {recipe.model!r} reads at most {most} tokens")
 
@@ -213,9 +219,53 @@ def build_model(
         RecipeError: the tokenizer lacks what the tasks need.
     """
     torch.manual_seed(recipe.training.seed)
+    if backbone.main_input_name != "input_ids":
+        raise RecipeError(
+            f"model {recipe.model!r} is {type(backbone).__name__}, which reads {backbone.main_input_name}: give a "
+            "model of texts"
+        )
     try:
         if speaks_language(tasks):
-            return LanguageModel(backbone, tokenizer, tasks, recipe.max_length, recipe.truncation or "left")
-        return HeadModel(backbone, tokenizer, tasks, recipe.max_length, recipe.pooling, recipe.truncation or "right")
-    except ValueError as error:
+            model: MultiTaskModel = LanguageModel(
+                backbone, tokenizer, tasks, recipe.max_length, recipe.truncation or "left"
+            )
+        else:
+            side = recipe.truncation or "right"
+            model = HeadModel(backbone, tokenizer, tasks, recipe.max_length, recipe.pooling, side)
+        rehearse(model)
+    except (ValueError, AttributeError) as error:
         raise RecipeError(f"model {recipe.model!r}: {error}") from error
+    return model
+
+
+@torch.no_grad()
+def rehearse(model: MultiTaskModel) -> None:
+    """One forward over the longest text of each task and over max_length tokens, before anything is written.
+
+    Raises:
+        ValueError: what the model or its tokenizer cannot do with them, and the cure.
+    """
+    reader, vocabulary = model.reader, len(model.backbone.get_input_embeddings().get_parameter("weight"))
+    rows = [task.rows(_longest(task.train), reader) for task in model.tasks]
+    special = set(reader.tokenizer.all_special_ids)
+    for ids in [row.ids for of_task in rows for row in of_task]:
+        if max(ids, default=0) >= vocabulary:
+            raise ValueError(
+                f"its tokenizer has the token {max(ids)}, its embedding {vocabulary} rows: give it its own"
+            )
+        if ids and set(ids) <= special:
+            raise ValueError("its tokenizer knows no word of the texts: the folder lacks tokenizer.json or vocab.txt")
+    ids = reader.tokenizer("a")["input_ids"] * reader.max_length
+    rows[0].append(Row(ids[: reader.max_length]))
+    corpus = Corpus(model.tasks, rows, reader)
+    batch = corpus.collate([(t, i) for t, of_task in enumerate(rows) for i in range(len(of_task))]).to(model.device)
+    try:
+        model(batch.inputs, batch.task_ids)
+    except IndexError as error:
+        raise ValueError(f"it cannot read {reader.max_length} tokens ({error}): lower max_length") from error
+
+
+def _longest(examples: Examples) -> Examples:
+    """The one with the most characters."""
+    rows = sorted(range(len(examples)), key=lambda i: -len(plain(examples.texts[i])))
+    return examples.select(rows[:1])

@@ -24,7 +24,7 @@ from polyrank.history import History
 from polyrank.models import HeadModel, MultiTaskModel, load_heads, save_heads
 from polyrank.probe import Features, Probe, probe, start_heads, trivial_score
 from polyrank.recipe.folder import check_folder, check_same, claimed, start_folder, sweep
-from polyrank.recipe.loading import build_model, load_backbone, load_tasks, speaks_language
+from polyrank.recipe.loading import build_model, load_backbone, load_tasks, rehearse, speaks_language
 from polyrank.recipe.reading import RecipeError, read_recipe
 from polyrank.recipe.schema import Recipe
 from polyrank.tasks import HeadTask
@@ -111,7 +111,9 @@ def attach(recipe: Recipe, model: MultiTaskModel) -> Adapter:
     """
     names = [task.name for task in model.tasks]
     try:
-        return adapt(model.backbone, recipe.build_method(), tasks=names, targets=recipe.targets, exclude=POOLER)
+        adapter = adapt(model.backbone, recipe.build_method(), tasks=names, targets=recipe.targets, exclude=POOLER)
+        rehearse(model)
+        return adapter
     except ValueError as error:
         raise RecipeError(f"targets and method do not fit the model {recipe.model!r}: {error}") from error
 
@@ -125,7 +127,10 @@ def _run(recipe: Recipe, folder: Path, resume: bool, progress: bool, features: F
     watch.lap("data")
     model = build_model(recipe, tasks, *load_backbone(recipe, speaks_language(tasks)))
     watch.lap("model")
-    baseline, probes = measure_frozen(recipe, model, features, progress)
+    try:
+        baseline, probes = measure_frozen(recipe, model, features, progress)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     watch.lap("frozen")
     adapter = attach(recipe, model)
     if recipe.heads == "probe":
@@ -189,9 +194,10 @@ def summarise(
 ) -> dict[str, Any]:
     """results.json: scores by the tasks' metrics, and how they came about; null where there is no such score."""
     table = {name: {"frozen": None, "adapted": scores.get(name), **row} for name, row in baseline.items()}
-    columns = {key: [row[key] for row in table.values()] for key in ("majority", "frozen", "adapted")}
+    scored = [row for row in table.values() if row["adapted"] is not None]  # the others have no test label
+    columns = {key: [row[key] for row in scored] for key in ("majority", "frozen", "adapted")}
     means = {
-        key: sum(values) / len(values) if all(v is not None for v in values) else None
+        key: sum(values) / len(values) if values and all(v is not None for v in values) else None
         for key, values in columns.items()
     }
     return {

@@ -36,7 +36,7 @@ class HeadTask(Task):
         return head
 
     def features(self, hidden: Tensor, pooled: Tensor, words: Tensor | None, rows: Tensor) -> Tensor:
-        """What the head reads (n, D): hidden (B, L, D), pooled (B, D), words (B, L) marks the words, rows (b,)."""
+        """What the head reads (n, D): hidden (B, L, D), pooled (B, D), words (B, W) their positions, rows (b,)."""
         return pooled[rows]
 
     @abstractmethod

@@ -118,11 +118,15 @@ class MultipleChoice(LanguageTask):
 
     @classmethod
     def from_examples(cls, name: str, train: Examples, test: Examples, **fields: Any) -> Self:
+        if not len(train.labelled()):
+            raise ValueError(f"task {name!r}: no training example has an answer")
         return cls(name=name, train=train, test=test, **fields)
 
     def check(self, text: Text, label: Label) -> None:
         if isinstance(text, str) or len(text) != 2 or isinstance(text[1], str) or len(text[1]) < 2:
             raise ValueError(f"task {self.name!r}: {text!r:.80} is no prompt with two or more options")
+        if len(set(text[1])) < len(text[1]) or not all(isinstance(one, str) and one.strip() for one in text[1]):
+            raise ValueError(f"task {self.name!r}: the options {text[1]!r:.80} are not all different, or one is empty")
         if label is not None and not (isinstance(label, int) and 0 <= label < len(text[1])):
             raise ValueError(f"task {self.name!r}: {label!r} is no index of the {len(text[1])} options")
 

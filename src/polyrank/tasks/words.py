@@ -56,13 +56,15 @@ class TokenClassification(HeadTask):
 
     def rows(self, examples: Examples, reader: "HeadReader") -> list[Row]:
         rows = []
-        for (ids, marks, words), label in zip(reader.encode_words(examples.texts), examples.labels, strict=True):
-            target = self.target(label)
-            rows.append(Row(ids, [target[word] for word in words] if target else [], marks=marks))
+        for (ids, marks), label in zip(reader.encode_words(examples.texts), examples.labels, strict=True):
+            rows.append(Row(ids, self.target(label)[: len(marks)], marks=marks))
         return rows
 
     def features(self, hidden: Tensor, pooled: Tensor, words: Tensor | None, rows: Tensor) -> Tensor:
-        return hidden.new_zeros(0, hidden.shape[-1]) if words is None else hidden[rows][words[rows]]
+        if words is None:
+            return hidden.new_zeros(0, hidden.shape[-1])
+        row, word = (words[rows] >= 0).nonzero(as_tuple=True)
+        return hidden[rows][row, words[rows][row, word]]
 
     def labels(self, rows: Sequence[Row]) -> Tensor:
         flat = [tag for row in rows for tag in (row.target or [MISSING] * len(row.marks))]
