@@ -27,8 +27,8 @@ class Route:
     prompt: dict[str, Tensor] | None = None  # layer name -> pooled prompt (B, I); kept for decoding within on()
     continues: bool = False  # a decoding step: the prompt is in the cache, not in this forward
 
-    def ids(self, x: Tensor) -> Tensor:
-        """Task ids that broadcast over the leading dimensions of ``x`` (..., I).
+    def ids(self, x: Tensor, layer: str = "") -> Tensor:
+        """Task ids that broadcast over the leading dimensions of ``x`` (..., I), the input of a layer.
 
         Ids are one per sample. Where the model folded more into dimension 0 (windows, beams, returned sequences) each
         id is repeated by the integer ratio.
@@ -47,7 +47,7 @@ class Route:
             return ids
         if len(leading) == 0 or leading[0] % len(ids):
             raise ValueError(
-                f"{len(ids)} task_ids do not fit a layer input of shape {tuple(x.shape)}: its first dimension must be "
+                f"{layer}: {len(ids)} task_ids do not fit a layer input of shape {tuple(x.shape)}: its first dimension must be "
                 "the batch, or a multiple of it (windows, beams); give one id per sample, and leave out layers "
                 "that read something else, such as a table of positions"
             )
@@ -229,11 +229,7 @@ class Site:
     context: RouteContext = field(default_factory=lambda: RouteContext(()))
 
     def ids(self, x: Tensor) -> Tensor:
-        """``Route.ids``; an error names the layer."""
-        try:
-            return self.context.route.ids(x)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
+        return self.context.route.ids(x, self.name)
 
     def mask(self, x: Tensor) -> Tensor | None:
         return self.context.route.mask(x, self.stream)
