@@ -47,8 +47,8 @@ class Route:
             return ids
         if len(leading) == 0 or leading[0] % len(ids):
             raise ValueError(
-                f"{layer}: {len(ids)} task_ids do not fit a layer input of shape {tuple(x.shape)}: its first dimension must be "
-                "the batch, or a multiple of it (windows, beams); give one id per sample, and leave out layers "
+                f"{layer}: {len(ids)} task_ids do not fit a layer input of shape {tuple(x.shape)}: its first dimension "
+                "must be the batch, or a multiple of it (windows, beams); give one id per sample, and leave out layers "
                 "that read something else, such as a table of positions"
             )
         if leading[0] != len(ids):
