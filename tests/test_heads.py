@@ -159,6 +159,20 @@ def test_a_long_list_of_words_is_cut_and_the_rest_counts_as_wrong():
     assert task.score([Prediction(("B-PET",) * 4)], [("B-PET",) * 9]) == pytest.approx(2 * 4 / 13)
 
 
+def test_a_word_without_tokens_moves_no_tag():
+    tokenizer = tiny.tokenizer()
+    model = HeadModel(tiny.backbone(), tokenizer, TASKS, max_length=16)
+    plain, odd = (
+        TASKS[3].rows(Examples([words], [tags]), model.reader)[0]
+        for words, tags in ((("a", "cat"), ("O", "B-PET")), (("a", "\u00a0", "cat"), ("O", "O", "B-PET")))
+    )
+    assert odd.ids == plain.ids and len(odd.marks) == len(odd.target) == 3
+    assert (odd.marks[0], odd.marks[2]) == (plain.marks[0], plain.marks[1])
+    (answer,) = predict(model, [("a", "\u00a0", "cat")], "tags")
+    assert len(answer.answer) == 3
+    assert predict(model, [("\u00a0",)], "tags")[0].answer != ()
+
+
 def test_scores_against_their_definitions():
     pairs = [("a", "a"), ("b", "a"), ("b", "b"), ("b", "b")]
     assert of_classes("accuracy", pairs, ("a", "b")) == 0.75

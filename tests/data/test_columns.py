@@ -95,6 +95,10 @@ def _enough(kind: str) -> Examples:
         (Columns("multiple_choice"), {"prompt": "a", "options": ["x"], "answer": 0}, "Give two to 26"),
         (Columns("multiple_choice"), {"prompt": "a", "options": ["x", "y"], "answer": 2}, "its index from 0"),
         (Columns("multiple_choice"), {"prompt": "a", "options": 3, "answer": 2}, "not a list of strings"),
+        (Columns("multiple_choice"), {"prompt": "a", "options": ["x", "x"], "answer": 0}, "not all different"),
+        (Columns("multiple_choice"), {"prompt": "a", "options": ["x", ""], "answer": 0}, "one is empty"),
+        (Columns("token_classification"), {"words": ["a", " "], "tags": ["O", "O"]}, "an empty word"),
+        (Columns(), {"text": "a \ud83d b", "label": "x"}, "half a character"),
     ],
 )
 def test_what_a_row_cannot_say(columns: Columns, row: dict, reason: str):
