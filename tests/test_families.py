@@ -462,6 +462,21 @@ def without(*names: str) -> Callable[[Path], None]:
     return remove
 
 
+def talkless(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+
+
+def foreign(folder: Path) -> None:
+    """A model with fewer embeddings than its tokenizer has tokens."""
+    hf.LlamaForCausalLM(
+        hf.LlamaConfig(**sizes(**DECODER, max_position_embeddings=128) | {"vocab_size": 9})
+    ).save_pretrained(folder)
+
+
+def seeing(folder: Path) -> None:
+    hf.ViTModel(hf.ViTConfig(**SMALL, image_size=16, patch_size=8)).save_pretrained(folder)
+
+
 REFUSED: dict[str, tuple[str, list[str], dict[str, Any], str]] = {
     "bert asked for text": ("bert", ["answer"], {}, "cannot generate"),
     "roberta asked to choose": ("roberta", ["choice"], {}, "cannot generate"),
@@ -470,6 +485,9 @@ REFUSED: dict[str, tuple[str, list[str], dict[str, Any], str]] = {
     "4 bits": ("llama", ["answer"], {"quantise": "4bit"}, "pip install bitsandbytes"),
     "8 bits": ("bert", ["pairs"], {"quantise": "8bit"}, "pip install bitsandbytes"),
     "texts too long for bert": ("bert", ["pairs"], {"max_length": 65}, "at most 64 tokens"),
+    "texts too long for gpt2": ("gpt2", ["answer"], {"max_length": 129}, "at most 128 tokens"),
+    "texts too long for roberta": ("roberta", ["pairs"], {"max_length": 66}, "lower max_length"),
+    "a layer that reads positions": ("deberta-v2", ["pairs"], {}, "a table of positions"),
     "texts too long for llama": ("llama", ["answer"], {"max_length": 129}, "at most 128 tokens"),
     "no such layers": ("t5", ["pairs"], {"targets": ["q_proj"]}, "'q_proj' is the end of no linear layer"),
 }
@@ -490,7 +508,8 @@ def test_what_does_not_fit_is_refused_with_a_cure(
     there, gone = importlib.util.find_spec, "bitsandbytes"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == gone else there(name, *a))
     sources = [source(tmp_path, task) for task in tasks]
-    refuse(write_recipe(tmp_path, family, "lora", sources, model=str(families[family]), **more), message)
+    method = "more" if "positions" in name else "lora"
+    refuse(write_recipe(tmp_path, family, method, sources, model=str(families[family]), **more), message)
 
 
 @pytest.mark.parametrize(
@@ -501,6 +520,10 @@ def test_what_does_not_fit_is_refused_with_a_cure(
         ("llama", "answer", without("tokenizer.json"), "the tokenizer"),
         ("llama", "answer", without("tokenizer.json", "tokenizer_config.json"), "the tokenizer"),
         ("gpt2", "answer", without("tokenizer.json", "config.json"), "config.json"),
+        ("bert", "pairs", without("tokenizer.json", "tokenizer_config.json"), "knows no word"),
+        ("llama", "talk", talkless, "no chat template"),
+        ("llama", "answer", foreign, "give it its own"),
+        ("bert", "pairs", seeing, "which reads pixel_values"),
     ],
 )
 def test_a_folder_without_a_fast_tokenizer_is_refused(

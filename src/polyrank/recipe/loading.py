@@ -27,6 +27,7 @@ from polyrank.manifest import MODELS
 from polyrank.models import HeadModel, LanguageModel, MultiTaskModel
 from polyrank.recipe.reading import RecipeError
 from polyrank.recipe.schema import Recipe, TaskSource, nearest
+from polyrank.step import out_of_memory
 from polyrank.tasks import KINDS, Examples, HeadTask, LanguageTask, Row, Task, plain, shown
 
 
@@ -261,7 +262,9 @@ def rehearse(model: MultiTaskModel) -> None:
     batch = corpus.collate([(t, i) for t, of_task in enumerate(rows) for i in range(len(of_task))]).to(model.device)
     try:
         model(batch.inputs, batch.task_ids)
-    except IndexError as error:
+    except (IndexError, RuntimeError) as error:
+        if "out of" not in str(error) or out_of_memory(error):
+            raise
         raise ValueError(f"it cannot read {reader.max_length} tokens ({error}): lower max_length") from error
 
 
