@@ -28,7 +28,7 @@ def read(
         for name, answer in model(batch.inputs, batch.task_ids).items():
             t = model.index(name)
             places = [i for task, i in picks if task == t]
-            for i, one in zip(places, model.tasks[t].read(answer.logits.float().cpu(), rows[name]), strict=True):
+            for i, one in zip(places, model.tasks[t].read(answer.logits.float(), rows[name]), strict=True):
                 found[t][i] = one
     model.train(training)
     return {

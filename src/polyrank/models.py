@@ -160,6 +160,11 @@ class LanguageModel(MultiTaskModel):
         targets = inputs["targets"]  # (B, K), where logits (B, K, V) have a label
         return {task.name: Answer(rows, logits[rows][targets[rows]]) for task, rows in self._of_tasks(task_ids)}
 
+    def _ends(self) -> list[int]:
+        """The tokens that end an answer: the tokenizer's, and the model's own."""
+        own = self.backbone.generation_config.eos_token_id
+        return sorted({self.reader.end_id, *(own if isinstance(own, list) else [] if own is None else [own])})
+
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[Text], task_ids: Tensor, *, max_new_tokens: int = 64, num_beams: int = 1, **options: Any
@@ -196,7 +201,7 @@ class LanguageModel(MultiTaskModel):
                 max_new_tokens=max_new_tokens,
                 num_beams=num_beams,
                 pad_token_id=self.reader.pad_id,
-                eos_token_id=self.reader.end_id,
+                eos_token_id=self._ends(),
             )
         self.train(training)
         start = 0 if self.backbone.config.is_encoder_decoder else given["input_ids"].shape[1]

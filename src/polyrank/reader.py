@@ -77,15 +77,16 @@ class HeadReader(Reader):
         if not texts:
             return []
         self.tokenizer.truncation_side = "right"
-        split = [[str(word) for word in words] for words in texts]
-        found = self.tokenizer(split, is_split_into_words=True, truncation=True, max_length=self.max_length)
+        joined = [" ".join(str(word) for word in words) for words in texts]
+        found = self.tokenizer(joined, truncation=True, max_length=self.max_length, return_offsets_mapping=True)
         out = []
         for k, ids in enumerate(found["input_ids"]):
+            owners = [i for i, word in enumerate(texts[k]) for _ in range(len(word) + 1)]  # of each character
             first: dict[int, int] = {}
-            for position, word in enumerate(found.word_ids(k)):
-                if word is not None:
-                    first.setdefault(word, position)
-            kept = len(split[k]) if len(ids) < self.max_length else max(first, default=-1) + 1
+            for position, (start, stop) in enumerate(found["offset_mapping"][k]):
+                if stop > start:  # its last character tells: the first may be the blank before
+                    first.setdefault(owners[stop - 1], position)
+            kept = len(texts[k]) if len(ids) < self.max_length else max(first, default=-1) + 1
             marks: list[int] = []
             for word in range(kept):
                 marks.append(first.get(word, marks[-1] if marks else 0))
@@ -112,6 +113,7 @@ class LanguageReader(Reader):
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_length: int, truncation: Side) -> None:
         super().__init__(tokenizer, max_length, truncation)
         self.end_id = _special(tokenizer.eos_token_id, "end-of-text", "tokenizer.eos_token")
+        self.special = set(tokenizer.all_special_ids)
 
     @abstractmethod
     def rows(self, prompts: Sequence[Text], completions: Sequence[str | None], *, end: bool) -> list[Row]:
@@ -124,20 +126,21 @@ class LanguageReader(Reader):
         by the tokenizer's chat template, with the marks that end a turn in the completion.
         """
         if isinstance(prompt, str):
-            joint = " " if prompt and completion and not (prompt[-1].isspace() or completion[0].isspace()) else ""
-            return prompt, joint + (completion or ""), False
+            head = prompt.rstrip()  # a blank at the border belongs to the token that follows it
+            border = prompt[len(head) :]
+            if not border and prompt and completion and not completion[0].isspace():
+                border = " "
+            return head, "" if completion is None else border + completion, False
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 "the tokenizer has no chat template, and the examples are conversations: give a model with one, or "
                 "write prompts and completions"
             )
         turns = [{"role": str(role), "content": str(content)} for role, content in prompt]
-        head = str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        head = self._rendered(turns, add_generation_prompt=True)
         if completion is None:
             return head, "", True
-        whole = str(self.tokenizer.apply_chat_template(
-            [*turns, {"role": "assistant", "content": completion}], tokenize=False
-        ))  # fmt: skip
+        whole = self._rendered([*turns, {"role": "assistant", "content": completion}], add_generation_prompt=False)
         if not whole.startswith(head):
             raise ValueError(
                 "the tokenizer's chat template writes a conversation otherwise once it is answered, so that its prompt "
@@ -145,11 +148,26 @@ class LanguageReader(Reader):
             )
         return head, whole[len(head) :], True
 
+    def _rendered(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            written = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise ValueError(f"the tokenizer's chat template refuses turns of {roles}: {error}") from error
+        return str(written)
+
     def cut(self, prompt: list[int], room: int) -> list[int]:
-        """At most `room` tokens of a prompt."""
+        """At most `room` tokens of a prompt; what begins every text, such as a begin token, stays."""
         if len(prompt) <= room:
             return prompt
-        return prompt[len(prompt) - room :] if self.truncation == "left" else prompt[:room]
+        if self.truncation == "right":
+            return prompt[:room]
+        lead = next((i for i, token in enumerate(prompt) if token not in self.special), 0)
+        return prompt[: min(lead, room)] + prompt[len(prompt) - max(0, room - lead) :]
 
 
 class CausalReader(LanguageReader):
@@ -165,22 +183,25 @@ class CausalReader(LanguageReader):
             texts = [written[i][0] + written[i][1] for i in chosen]
             found = self.tokenizer(texts, add_special_tokens=not rendered, return_offsets_mapping=True)
             for k, i in enumerate(chosen):
-                ids, border = list(found["input_ids"][k]), len(written[i][0])
-                ends = [stop for _, stop in found["offset_mapping"][k]]
-                start = next((at for at, stop in enumerate(ends) if stop > border), len(ids))
+                spans, border = found["offset_mapping"][k], len(written[i][0])
+                ids = list(found["input_ids"][k])
+                while len(ids) > 1 and spans[len(ids) - 1][0] == spans[len(ids) - 1][1]:
+                    ids.pop()  # an end that the tokenizer adds by itself
+                start = next((at for at, (_, stop) in enumerate(spans[: len(ids)]) if stop > border), len(ids))
                 if completions[i] is None:
                     out[i] = Row(self.cut(ids, self.max_length))
                 else:
-                    out[i] = self._row(ids, start, end and not rendered)
+                    out[i] = self._row(ids, max(start, 1), end)  # nothing can be said about the first token
         return [row for row in out if row is not None]
 
     def _row(self, ids: list[int], start: int, end: bool) -> Row:
-        if end and ids[-1] != self.end_id:
+        if end and self.end_id in ids[start:]:
+            ids = ids[: ids.index(self.end_id, start) + 1]  # templates may write more after it
+        elif end:
             ids = [*ids, self.end_id]
-        start = max(start, 1)  # nothing can be said about the first token
         target = ids[start:][: self.max_length - 1]
         prompt = self.cut(ids[:start], self.max_length - len(target))
-        return Row(prompt + target, target)
+        return Row(prompt + target, target, cut=len(target) < len(ids) - start)
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """input_ids, attention_mask, position_ids, prompt_mask (B, L); targets (B, K); logits_to_keep (K,).
@@ -225,7 +246,7 @@ class Seq2SeqReader(LanguageReader):
         said = [completion or "" for completion in completions]
         targets = self.tokenizer(text_target=said, truncation=True, max_length=self.max_length)["input_ids"]
         return [
-            Row(source, [] if completion is None else target)
+            Row(source, [] if completion is None else target, cut=len(target) >= self.max_length)
             for source, target, completion in zip(ids, targets, completions, strict=True)
         ]
 

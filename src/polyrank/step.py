@@ -1,8 +1,9 @@
 """One step: its micro-batches, their gradients, and the sums over processes.
 
 The labels are known before the forwards, so the counts are summed first and every micro-batch divides by the global
-count: however a step is split, its gradient is the same. Gradients are summed over processes by hand: a head or an
-expert that no sample of a process used just adds zero.
+count: however a step is split, its gradient is the same, but for auxiliary losses, whose statistics are those of a
+micro-batch. Gradients are summed over processes by hand: a head or an expert that no sample of a process used just
+adds zero.
 """
 
 from collections.abc import Mapping, Sequence

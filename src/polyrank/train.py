@@ -23,11 +23,11 @@ from polyrank.corpus import Corpus
 from polyrank.evaluate import evaluate, mean
 from polyrank.files import fingerprint
 from polyrank.history import History, Log
-from polyrank.models import MultiTaskModel
+from polyrank.models import HeadModel, MultiTaskModel
 from polyrank.step import agreed, autocast, backward_within_memory, check_parts, share_weights, sum_gradients, total
 from polyrank.tasks import Examples, Task
 from polyrank.train_state import Best, Running, Trainable
-from polyrank.training import TRACKERS, Training
+from polyrank.training import HARMLESS, TRACKERS, Training
 
 PATIENCE = 10  # rejected steps in a row before training gives up
 
@@ -180,9 +180,10 @@ def identity(model: MultiTaskModel, training: Training, corpus: Corpus, held: Ma
     """What a checkpoint must agree with: settings, tasks, every example, and the frozen model."""
     frozen = {name: p for name, p in model.backbone.named_parameters() if not p.requires_grad}
     known = [
-        training.model_dump(mode="json", exclude={"checkpoint_every", "eval_batch_size", "trackers"}),
+        training.model_dump(mode="json", exclude=set(HARMLESS)),
         [task.bare() for task in model.tasks],
-        [[(row.ids, row.target) for row in rows] for rows in corpus.rows],
+        [[(row.ids, row.target, row.types, row.marks) for row in rows] for rows in corpus.rows],
+        model.pooling if isinstance(model, HeadModel) else "",
         [(name, examples.texts, examples.labels) for name, examples in held.items()],
         fingerprint(frozen),
     ]

@@ -1,5 +1,6 @@
 """What training carries from one step to the next, and how it goes into a checkpoint and back."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +29,7 @@ class Best:
     """The best state on the held-out examples, kept in main memory; of equals the later, without examples the last."""
 
     def __init__(self, model: MultiTaskModel, adapter: Trainable) -> None:
-        self.model, self.adapter, self.step, self.score = model, adapter, 0, -1.0
+        self.model, self.adapter, self.step, self.score = model, adapter, 0, -math.inf
         self.weights: dict[str, dict[str, Tensor]] = {}
 
     def offer(self, step: int, score: float) -> bool:
@@ -111,7 +112,7 @@ class Running:
 
     def start(self, log: Log) -> None:
         """Put into the log what a resumed run starts from."""
-        log.history.best_step, log.history.best_score = self.best.step, max(self.best.score, 0.0)
+        log.history.best_step, log.history.best_score = self.best.step, self.best.score if self.best.weights else 0.0
         log.history.skipped, log.history.skipped_in_a_row = self.skipped, self.skipped_in_a_row
         for message in self.messages:
             log.say(message)

@@ -9,6 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from polyrank.mixing import Mixing
 
 TRACKERS = "trackers"  # the folder of their files, in the run's
+HARMLESS = (
+    "checkpoint_every",
+    "eval_batch_size",
+    "trackers",
+)  # settings that change no weight: a run may go on with others
 
 
 class Training(BaseModel):

@@ -98,7 +98,6 @@ def _enough(kind: str) -> Examples:
         (Columns("multiple_choice"), {"prompt": "a", "options": ["x", "x"], "answer": 0}, "not all different"),
         (Columns("multiple_choice"), {"prompt": "a", "options": ["x", ""], "answer": 0}, "one is empty"),
         (Columns("token_classification"), {"words": ["a", " "], "tags": ["O", "O"]}, "an empty word"),
-        (Columns(), {"text": "a \ud83d b", "label": "x"}, "half a character"),
     ],
 )
 def test_what_a_row_cannot_say(columns: Columns, row: dict, reason: str):

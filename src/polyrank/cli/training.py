@@ -112,17 +112,18 @@ def init(
     [bold]polyrank init my-data/[/]
     """
     with user_errors():
-        from polyrank.recipe import RecipeError, read_recipe
+        from polyrank.recipe import RecipeError, check_recipe
         from polyrank.recipe.init import propose
+        from polyrank.recipe.reading import parse_yaml
 
         if out.exists():
             raise RecipeError(f"{out} exists: choose another name with --out, or move it away")
         text, said = propose(files, out.parent)
+        check_recipe(parse_yaml(text, str(out)), str(out), out.parent)
         try:
             out.write_text(text, encoding="utf-8")
         except OSError as error:
             raise RecipeError(f"{out} cannot be written: {error.strerror}") from error
-        read_recipe(out)
         for line in said:
             typer.echo(line)
         typer.echo(f"wrote {out}; next: polyrank train {out} --dry-run")

@@ -70,8 +70,8 @@ class Columns:
             RowError: something is missing or of the wrong type.
         """
         if self.kind == "generation":
-            known = [self.text, "messages", "prompt", "text"]
-            column = next((one for one in known if isinstance(one, str) and (one in row or "{" in one)), "prompt")
+            known = ("messages", "prompt", "text")
+            column = next((one for one in known if one in row), "prompt") if self.text is None else _one(self.text)
             found = value(row, column)
             if isinstance(found, list):
                 turns = _turns(found)
@@ -96,9 +96,7 @@ def examples(records: Iterable[Record], columns: Columns, *, skip: bool = False)
         ValueError: the first bad row, where they are not skipped; no row at all.
     """
     texts, labels, faults = [], [], []
-    where = ""
     for record in records:
-        where = where or record.where
         fault = record.fault
         if not fault:
             try:
@@ -150,7 +148,10 @@ class _Template(string.Formatter):
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if "." in field_name or field_name.startswith("_"):
             raise KeyError(f"{field_name}: write {{column[key]}}")
-        return super().get_field(field_name, args, kwargs)
+        found = super().get_field(field_name, args, kwargs)
+        if found[0] is None or isinstance(found[0], list | dict):
+            raise ValueError(f"{field_name} is {_short(found[0])}, not a text")
+        return found
 
 
 def _listed(row: Mapping[str, Any]) -> str:
@@ -163,10 +164,6 @@ def _text(row: Mapping[str, Any], column: str, extra: Mapping[str, str] | None =
         raise RowError(f"{column!r} is {_short(found)}, not a string. Put it in quotes")
     if not found.strip():
         raise RowError(f"{column!r} is empty. Fill it in, or remove the row")
-    try:
-        found.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(f"{column!r} has half a character at {error.start} ({error.reason}). Write it again") from error
     return found
 
 
@@ -199,6 +196,8 @@ def _name(columns: Columns, found: Any, column: str) -> str | None:
     """A label as a name; whole numbers and booleans become strings, or the name that the task gives them."""
     if found is None:
         return None
+    if isinstance(found, str) and found.strip().isdecimal() and columns.names is not None:
+        found = int(found)  # CSV has no numbers
     if isinstance(found, int) and not isinstance(found, bool) and columns.names is not None:
         if not 0 <= found < len(columns.names):
             raise RowError(f"{column!r} is {found}, but the task names {len(columns.names)} labels, counted from 0")
@@ -210,6 +209,10 @@ def _name(columns: Columns, found: Any, column: str) -> str | None:
     if not found.strip():
         raise RowError(f"{column!r} is empty. Fill it in, or write null where the label is missing")
     return found.strip()
+
+
+def _digits(label: str) -> str | int:
+    return int(label) if label.isdecimal() else label
 
 
 def _one(column: Column) -> str:
@@ -226,8 +229,12 @@ def _classification(columns: Columns, row: Mapping[str, Any]) -> tuple[Text, Lab
 def _multi_label(columns: Columns, row: Mapping[str, Any]) -> tuple[Text, Label]:
     text, column = _sentence(columns, row), columns.label_column
     if isinstance(column, str):
+        found = value(row, column)
         labels = _strings(row, column, "|")
-        return text, None if labels is None else tuple(sorted(set(labels)))
+        if isinstance(found, list) and len(found) > 2 and all(isinstance(x, int) and x in (0, 1) for x in found):
+            raise RowError(f"{column!r} is {_short(found)}, a mark for each label. Write the list of the labels' names")
+        names = labels and [_name(columns, _digits(one), column) for one in labels]
+        return text, None if labels is None else tuple(sorted({str(one) for one in names or ()}))
     found = {one: value(row, one) for one in column}
     if all(one is None for one in found.values()):
         return text, None
@@ -256,6 +263,8 @@ def _words(columns: Columns, row: Mapping[str, Any]) -> tuple[Text, Label]:
         raise RowError(f"{columns.text_column!r} has no words. Fill it in, or remove the row")
     if not all(word.strip() for word in words):
         raise RowError(f"{columns.text_column!r} has an empty word. Remove it, and its tag")
+    if tags is not None:
+        tags = tuple(str(_name(columns, _digits(tag), "tags")) for tag in tags)
     if tags is not None and len(tags) != len(words):
         raise RowError(f"{len(words)} words but {len(tags)} tags. Write one tag for each word")
     return words, tags
@@ -267,6 +276,10 @@ def _generation(columns: Columns, row: Mapping[str, Any]) -> tuple[Text, Label]:
         if "messages" in row:
             return _conversation(row["messages"])
         if "prompt" not in row and "text" in row:
+            if len(row) > 1:
+                raise RowError(
+                    f"the columns are {_listed(row)}: say which hold the prompt and the completion, text and label"
+                )
             return "", _text(row, "text")
     column = columns.text_column
     if columns.label is None and columns.text is not None:  # one column: a conversation or plain text
@@ -278,6 +291,8 @@ def _generation(columns: Columns, row: Mapping[str, Any]) -> tuple[Text, Label]:
         said = _name(columns, said, label)
     prompt = value(row, _one(column))
     text = _turns(prompt) if isinstance(prompt, list) else _text(row, _one(column))
+    if not isinstance(said, str | int | float | None):
+        raise RowError(f"{label!r} is {_short(said)}, not a string. Write the text that is to follow the prompt")
     if said is not None and not str(said).strip():
         raise RowError(f"{label!r} is empty. Fill it in, or write null where the completion is missing")
     return text, None if said is None else str(said)
@@ -330,6 +345,10 @@ def _place(columns: Columns, row: Mapping[str, Any], found: Any, options: Sequen
     text = json.dumps(found) if isinstance(found, bool | int) else str(found).strip()
     if keys is not None and text in keys:
         return list(keys).index(text)
+    if keys is None and columns.choices is None and isinstance(found, int) and not isinstance(found, bool):
+        text = "" if not 0 <= found < len(options) else str(found)
+        if text:
+            return found
     if keys is None and text in options:
         return list(options).index(text)
     if keys is None and len(text) == 1 and text.upper() in LETTERS[: len(options)]:

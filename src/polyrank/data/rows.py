@@ -118,8 +118,11 @@ def _jsonl(path: Path) -> Iterator[Record]:
                 cure = "Each line is one JSON object, and strings escape their line ends as \\n"
                 yield Record(where, fault=f"bad JSON at column {error.colno}: {error.msg}. {cure}")
                 continue
-            except RecursionError:
-                yield Record(where, fault="nested too deeply. Each line is one JSON object")
+            except (RecursionError, ValueError) as error:
+                yield Record(where, fault=f"bad JSON: {error}. Each line is one JSON object")
+                continue
+            if "\\ud" in content.lower() and _half(row):
+                yield Record(where, fault="it has half a character (\\ud800 to \\udfff alone). Write it again")
                 continue
             if isinstance(row, dict):
                 yield Record(where, row)
@@ -127,7 +130,16 @@ def _jsonl(path: Path) -> Iterator[Record]:
                 yield Record(where, fault=f'expected an object, found {type(row).__name__}. Write {{"text": ..., ...}}')
 
 
+def _half(row: object) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def _csv(path: Path) -> Iterator[Record]:
+    csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         line = 1
@@ -139,6 +151,8 @@ def _csv(path: Path) -> Iterator[Record]:
                     continue
                 if not header:
                     header = cells
+                    if len(set(header)) < len(header):
+                        raise ValueError(f"{path}:{start}: two columns have one name, in {header}. Rename one")
                 elif len(cells) != len(header):
                     cure = 'Quote cells that hold a comma: "like, this"'
                     fault = f"{len(cells)} cells but {len(header)} columns. {cure}"

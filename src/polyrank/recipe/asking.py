@@ -1,11 +1,11 @@
 """What a person asks a finished run: texts of the command line, lines, or rows of a data file."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from polyrank.data import Columns, read_rows
+from polyrank.data import Columns, Record, read_rows
 from polyrank.data.columns import RowError, fields
 from polyrank.data.rows import ENDINGS
 from polyrank.recipe.reading import RecipeError
@@ -26,7 +26,7 @@ def chosen_tasks(run: Run, task: str | None) -> list[Task]:
     return list(tasks.values()) if task is None else [tasks[task]]
 
 
-def read_questions(texts: Sequence[str], file: Path | None) -> list[str] | list[Mapping[str, Any]]:
+def read_questions(texts: Sequence[str], file: Path | None) -> list[str] | list[Record]:
     """The texts of the command line, the lines of a file or of standard input, or the rows of a data file.
 
     Raises:
@@ -40,16 +40,16 @@ def read_questions(texts: Sequence[str], file: Path | None) -> list[str] | list[
             faults = [f"{record.where}: {record.fault}" for record in records if record.fault]
             if faults:
                 raise RecipeError(faults[0])
-            return [{"_where": record.where, **record.row} for record in records]
+            return records
         if file is not None:
-            texts = file.read_text(encoding="utf-8-sig").splitlines()
+            texts = file.read_text(encoding="utf-8-sig").split("\n")
         elif not texts:
-            texts = sys.stdin.read().splitlines()
+            texts = sys.stdin.read().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"the texts cannot be read: {error}; give a UTF-8 file with one text per line") from error
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    texts = [text for text in texts if text.strip()]
+    texts = [text.rstrip("\r") for text in texts if text.strip()]
     if not texts:
         raise RecipeError(
             'no text: give one in quotes, name a --file, or pipe lines in: echo "..." | polyrank predict RUN'
@@ -57,7 +57,7 @@ def read_questions(texts: Sequence[str], file: Path | None) -> list[str] | list[
     return list(texts)
 
 
-def as_texts(run: Run, task: Task, questions: list[str] | list[Mapping[str, Any]]) -> list[Text]:
+def as_texts(run: Run, task: Task, questions: list[str] | list[Record]) -> list[Text]:
     """The questions as the task reads them: rows by the columns of the run's recipe, and lines of text.
 
     A line is put into the recipe's template, if that has one column. For token classification it is cut at white space;
@@ -71,11 +71,11 @@ def as_texts(run: Run, task: Task, questions: list[str] | list[Mapping[str, Any]
     out: list[Text] = []
     for number, question in enumerate(questions, start=1):
         try:
-            row = _row(task, columns, question) if isinstance(question, str) else question
+            row = _row(task, columns, question) if isinstance(question, str) else question.row
             text = columns.question(row)
             task.check(text, None)
         except (RowError, ValueError) as error:
-            where = f"text {number}" if isinstance(question, str) else question["_where"]
+            where = f"text {number}" if isinstance(question, str) else question.where
             raise RecipeError(f"{where}, task {task.name!r}: {error}") from error
         out.append(text)
     return out

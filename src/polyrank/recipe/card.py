@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -59,7 +60,7 @@ def card(finished: Run) -> Panel:
     }
     grid = Table.grid(padding=(0, 2))
     for name, text in rows.items():
-        grid.add_row(f"[dim]{name}[/]", text)
+        grid.add_row(f"[dim]{name}[/]", escape(text))
     return Panel(grid, title="run", title_align="left", expand=False)
 
 

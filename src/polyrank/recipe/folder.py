@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from polyrank.checkpoint import FOLDER as CHECKPOINTS, checkpoints
 from polyrank.recipe.reading import RecipeError, read_recipe, write_recipe
 from polyrank.recipe.schema import Recipe
-from polyrank.training import TRACKERS
+from polyrank.training import HARMLESS, TRACKERS
 
 # "complete" goes first
 FILES = ("results.json", "recipe.yaml", "metrics.jsonl", CHECKPOINTS, "adapter", "heads", TRACKERS)
@@ -82,7 +82,8 @@ def check_same(recipe: Recipe, folder: Path) -> None:
     Raises:
         RecipeError: the first difference.
     """
-    before, now = (one.model_dump(exclude={"out"}) for one in (read_recipe(folder / "recipe.yaml"), recipe))
+    apart = {"out": True, "training": set(HARMLESS)}
+    before, now = (one.model_dump(exclude=apart) for one in (read_recipe(folder / "recipe.yaml"), recipe))
     for key in before.keys() | now.keys():
         if before[key] != now[key]:
             raise RecipeError(

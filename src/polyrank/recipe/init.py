@@ -24,6 +24,7 @@ PROMPTS = (
     ("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("input", "output"),
     ("source", "target"), ("question", "answer"), ("document", "summary"), ("article", "highlights"),
 )  # fmt: skip
+MOSTLY = 0.8  # of the rows have a value in a column: it may be one of the task's
 FEW = 10  # labels that a language model scores one by one
 MANY = 200  # a column with more different values than this is no label
 
@@ -150,12 +151,15 @@ def guess(rows: Rows) -> Guess:
     Raises:
         ValueError: nothing that is known.
     """
-    columns = [column for column in rows[0] if all(row.get(column) is not None for row in rows)]
-    for look in (_conversations, _choices, _tagged, _several, _completions, _numbers, _classes, _plain):
-        found = look(rows, columns)
+    present = Counter(column for row in rows for column, value in row.items() if value is not None)
+    columns = [column for column, count in present.items() if count >= MOSTLY * len(rows)]
+    rows = [row for row in rows if all(row.get(column) is not None for column in columns)]
+    looks = [_conversations, _choices, _tagged, _several, _completions, _scores, _classes, _numbers]
+    for look in looks if len(present) > 1 else [_conversations, _plain]:
+        found = look(rows, columns) if rows else None
         if found is not None:
             return found
-    raise ValueError(f"none of the columns {list(rows[0])} looks like labels, answers or texts")
+    raise ValueError(f"none of the columns {list(present)} looks like labels, answers or texts")
 
 
 def _lists(rows: Rows, columns: Sequence[str]) -> list[str]:
@@ -248,6 +252,12 @@ def _numbers(rows: Rows, columns: Sequence[str]) -> Guess | None:
     return None
 
 
+def _scores(rows: Rows, columns: Sequence[str]) -> Guess | None:
+    """Numbers in a column of a usual name."""
+    texts = _texts(rows, columns)
+    return _numbers(rows, [*texts, *(c for c in columns if c.lower() in LABELS and c not in texts)])
+
+
 def _number(found: object) -> float | None:
     try:
         number = math.nan if isinstance(found, bool | list | dict) else float(str(found))
@@ -286,7 +296,7 @@ def _written(columns: str | Sequence[str]) -> str:
 
 
 def _common(counts: Counter[str]) -> str:
-    return ", ".join(f"{value} {count}" for value, count in counts.most_common(3))
+    return ", ".join(f"{' '.join(value.split())[:40]} {count}" for value, count in counts.most_common(3))
 
 
 def _plain(rows: Rows, columns: Sequence[str]) -> Guess | None:

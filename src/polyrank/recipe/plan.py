@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from polyrank.corpus import Corpus
-from polyrank.recipe.loading import build_model, load_backbone, load_tasks, speaks_language
+from polyrank.recipe.loading import build_model, load_backbone, load_tasks, rehearsal, speaks_language
+from polyrank.recipe.reading import RecipeError
 from polyrank.recipe.runs import attach, peak_bytes
 from polyrank.recipe.schema import Recipe
 from polyrank.summary import Summary
@@ -62,14 +63,19 @@ def plan(recipe: Recipe) -> Plan:
     tasks = loaded.tasks
     kept, held = split(tasks, recipe.training)
     model = build_model(recipe, tasks, *load_backbone(recipe, speaks_language(tasks)))
-    adapter = attach(recipe, model)
+    try:
+        batch = rehearsal(model)
+    except ValueError as error:
+        raise RecipeError(f"model {recipe.model!r}: {error}") from error
+    adapter = attach(recipe, model, batch)
     lengths = Corpus.of(tasks, kept, model.reader).lengths
     summary = adapter.summary()
     trained = [*adapter.parameters(), *model.heads.parameters()]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in frozen) + 4 * sum(p.numel() * p.element_size() for p in trained)
-    rehearsal = recipe.training.model_copy(update={"steps": STEPS, "max_holdout": 0, "eval_every": STEPS + 1})
-    clock = [entry["seconds"] for entry in train(model, adapter, tasks, rehearsal, progress=False).steps]
+    few = {"steps": STEPS, "max_holdout": 0, "eval_every": STEPS + 1, "trackers": []}
+    shortened = recipe.training.model_copy(update=few)
+    clock = [entry["seconds"] for entry in train(model, adapter, tasks, shortened, progress=False).steps]
     size = sum(len(examples) for examples in kept.values())
     return Plan(
         [

@@ -18,13 +18,14 @@ from rich.console import Console
 
 from polyrank.adapt import Adapter, adapt
 from polyrank.checkpoint import FOLDER as CHECKPOINTS, CheckpointError, checkpoints
+from polyrank.corpus import Batch
 from polyrank.evaluate import evaluate
 from polyrank.files import write_text
 from polyrank.history import History
 from polyrank.models import HeadModel, MultiTaskModel, load_heads, save_heads
 from polyrank.probe import Features, Probe, probe, start_heads, trivial_score
 from polyrank.recipe.folder import check_folder, check_same, claimed, start_folder, sweep
-from polyrank.recipe.loading import build_model, load_backbone, load_tasks, rehearse, speaks_language
+from polyrank.recipe.loading import build_model, forward, load_backbone, load_tasks, rehearsal, speaks_language
 from polyrank.recipe.reading import RecipeError, read_recipe
 from polyrank.recipe.schema import Recipe
 from polyrank.tasks import HeadTask
@@ -103,8 +104,8 @@ def run(
             ) from error
 
 
-def attach(recipe: Recipe, model: MultiTaskModel) -> Adapter:
-    """A fresh adapter in the model.
+def attach(recipe: Recipe, model: MultiTaskModel, batch: Batch) -> Adapter:
+    """A fresh adapter in the model, tried with a batch.
 
     Raises:
         RecipeError: targets and method do not fit the model.
@@ -112,9 +113,11 @@ def attach(recipe: Recipe, model: MultiTaskModel) -> Adapter:
     names = [task.name for task in model.tasks]
     try:
         adapter = adapt(model.backbone, recipe.build_method(), tasks=names, targets=recipe.targets, exclude=POOLER)
-        rehearse(model)
+        if recipe.training.checkpointing:
+            adapter.enable_checkpointing()
+        forward(model, batch)
         return adapter
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise RecipeError(f"targets and method do not fit the model {recipe.model!r}: {error}") from error
 
 
@@ -128,11 +131,12 @@ def _run(recipe: Recipe, folder: Path, resume: bool, progress: bool, features: F
     model = build_model(recipe, tasks, *load_backbone(recipe, speaks_language(tasks)))
     watch.lap("model")
     try:
+        batch = rehearsal(model)
         baseline, probes = measure_frozen(recipe, model, features, progress)
     except ValueError as error:
-        raise RecipeError(str(error)) from error
+        raise RecipeError(f"model {recipe.model!r}: {error}") from error
     watch.lap("frozen")
-    adapter = attach(recipe, model)
+    adapter = attach(recipe, model, batch)
     if recipe.heads == "probe":
         start_heads(model.heads, probes)
     if not resume:

@@ -28,13 +28,15 @@ class Row:
     """One tokenized text.
 
     ids (L,); target: what the loss compares with, empty where the label is missing; types: token type ids of pairs,
-    where the tokenizer gives them; marks: the positions in `ids` of the words that are asked about.
+    where the tokenizer gives them; marks: the positions in `ids` of the words that are asked about; cut: whether some
+    of the target was left out.
     """
 
     ids: list[int]
     target: list[int] | list[float] = field(default_factory=list)
     types: list[int] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
+    cut: bool = False
 
 
 @dataclass(frozen=True)

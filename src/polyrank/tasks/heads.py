@@ -180,7 +180,8 @@ class Regression(HeadTask):
     @classmethod
     def from_examples(cls, name: str, train: Examples, test: Examples, **fields: Any) -> Self:
         known = torch.tensor([y for y in train.labels if isinstance(y, float | int)], dtype=torch.float64)
-        mean, deviation = (float(known.mean()), float(known.std(correction=0))) if len(known) else (0.0, 0.0)
+        same = len(known) == 0 or known.min() == known.max()  # rounding leaves a deviation where there is none
+        mean, deviation = (0.0, 0.0) if same else (float(known.mean()), float(known.std(correction=0)))
         return cls(name=name, mean=mean, deviation=deviation, train=train, test=test, **fields)
 
     @property

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How a model takes one completion: sum of its log-probabilities in nats, tokens, tokens it would say itself."""
+    """How a model takes one completion: sum of its log-probabilities in nats, tokens, tokens it would say itself, and
+    whether they are all.
+    """
 
     log_probability: float
     tokens: int
     right: int
+    whole: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +50,10 @@ class LanguageTask(Task):
         logits, labels = logits.detach(), self.labels(rows).to(logits.device)
         taken = -F.cross_entropy(logits.float(), labels, reduction="none")  # (n,)
         right, sizes = (logits.argmax(-1) == labels).long(), [len(row.target) for row in rows]
-        parts = zip(taken.split(sizes), right.split(sizes), sizes, strict=True)
-        return [Likelihood(float(logs.sum()), size, int(hits.sum())) for logs, hits, size in parts]
+        parts = zip(taken.split(sizes), right.split(sizes), rows, strict=True)
+        return [
+            Likelihood(float(logs.sum()), len(row.target), int(hits.sum()), not row.cut) for logs, hits, row in parts
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +95,7 @@ class Generation(LanguageTask):
 
     def score(self, answers: Sequence[Likelihood], labels: Sequence[Any]) -> float:
         if self.metric == "exact_match":
-            return sum(a.right == a.tokens for a in answers) / len(answers) if answers else 0.0
+            return sum(a.whole and a.right == a.tokens for a in answers) / len(answers) if answers else 0.0
         return sum(a.right for a in answers) / max(1, sum(a.tokens for a in answers))
 
     def trivial(self) -> None:

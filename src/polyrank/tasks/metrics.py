@@ -33,8 +33,11 @@ def of_sets(metric: str, pairs: Sequence[tuple[Sequence[str], Sequence[str]]], n
         return 0.0
     if metric == "exact_match":
         return sum(set(answer) == set(labels) for answer, labels in pairs) / len(pairs)
+    if metric == "micro_f1" or len(names) == 1:
+        both = sum(len(set(answer) & set(labels)) for answer, labels in pairs)
+        return 2 * both / max(1, sum(len(set(answer)) + len(set(labels)) for answer, labels in pairs))
     found, labels = (torch.tensor([[int(name in pair[side]) for name in names] for pair in pairs]) for side in (0, 1))
-    return float(multilabel_f1_score(found, labels, len(names), average="micro" if metric == "micro_f1" else "macro"))
+    return float(multilabel_f1_score(found, labels, len(names), average="macro"))
 
 
 def of_numbers(metric: str, answers: Sequence[float], labels: Sequence[float]) -> float:
