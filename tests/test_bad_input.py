@@ -111,6 +111,8 @@ def first(content: dict) -> str:
 
 def another_base(folder: Path) -> None:
     tiny.backbone(seed=5).save_pretrained(folder / "model")
+    content = yaml.safe_load((folder / "run" / "recipe.yaml").read_text())
+    (folder / "run" / "recipe.yaml").write_text(yaml.safe_dump(content | {"model": str(folder / "model")}))
 
 
 def no_permission(folder: Path) -> None:

@@ -175,3 +175,14 @@ def test_tasks_of_both_kinds_become_tasks_of_a_language_model(tmp_path: Path):
     assert prompt.endswith("\nkind:") and options == tuple(sorted(NOUNS))
     assert kinds["pairs"].train.texts[0][1] == ("false", "true") and kinds["pairs"].train.labels[0] in (0, 1)
     assert recipe.model == "smollm2"
+
+
+def test_gaps_and_confidences_do_not_change_the_guess():
+    rows = ROWS["classification"]
+    assert (
+        guess([{**row, "kind": None} if i == 3 else row for i, row in enumerate(rows)]).fields
+        == GUESSED["classification"]
+    )
+    assert guess([rows[0], *({**row, "confidence": i / 7} for i, row in enumerate(rows))]).fields["label"] == "kind"
+    named = [{**row, "label": row["kind"], "confidence": i / 7} for i, row in enumerate(rows)]
+    assert guess(named).fields["label"] == "label"

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from polyrank import LoRA, MoORE, adapt
@@ -12,7 +12,7 @@ from polyrank.corpus import Corpus
 from polyrank.evaluate import evaluate, predict, read
 from polyrank.mixture import context_of
 from polyrank.models import LanguageModel
-from polyrank.reader import CausalReader, Seq2SeqReader
+from polyrank.reader import CausalReader, HeadReader, Seq2SeqReader
 from polyrank.tasks import Examples, Generation, MultipleChoice, Row
 
 CHAT = (
@@ -264,3 +264,41 @@ def test_a_step_of_training_lowers_the_loss():
 def test_cross_entropy_of_flat_logits_is_the_usual_one():
     logits, labels = torch.randn(5, 7), torch.tensor([0, 3, 6, 1, 2])
     torch.testing.assert_close(TASKS[0].loss_sum(logits, labels), F.cross_entropy(logits, labels, reduction="sum"))
+
+
+@pytest.mark.parametrize("prompt", ["say it", "say it ", "say it\n", "say it:", "a cat  "])
+def test_training_and_generation_meet_the_same_prompt(prompt: str):
+    reader = CausalReader(tokenizer(), 48, "left")
+    (trained,), (asked,) = (reader.rows([prompt], [said], end=True) for said in ("yes", None))
+    assert trained.ids[: -len(trained.target)] == asked.ids
+    assert reader.tokenizer.decode(trained.ids).startswith(prompt.rstrip())
+
+
+def test_a_tokenizer_that_adds_its_own_ends_leaves_prompts_open():
+    own = tokenizer()
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|user|> $A <end>", special_tokens=[("<|user|>", 2), ("<end>", 1)]
+    )
+    own.bos_token = "<|user|>"
+    reader = CausalReader(own, 10, "left")
+    (asked,), (option,), (said,) = (
+        reader.rows(["say it"], [text], end=end) for text, end in ((None, False), ("yes", False), ("yes", True))
+    )
+    assert asked.ids[-1] != 1 and option.target[-1] != 1 and said.target[-1] == 1 and said.target.count(1) == 1
+    (long,) = reader.rows([TEXTS[1] * 3], ["yes"], end=True)
+    assert len(long.ids) == 10 and long.ids[0] == 2  # what begins every text stays
+
+
+def test_a_completion_that_was_cut_is_no_exact_match():
+    reader = CausalReader(tokenizer(), 8, "left")
+    (row,) = reader.rows(["say"], [" ".join(TEXTS)], end=True)
+    assert row.cut and len(row.target) == 7
+    found = TASKS[0].read(F.one_hot(torch.tensor(row.target), 320).float(), [row])
+    assert found[0].right == found[0].tokens and TASKS[0].score(found, [""]) == 0.0
+
+
+def test_words_of_a_byte_level_tokenizer_are_those_of_the_text():
+    reader = HeadReader(tokenizer(), 48, "right")
+    ((ids, marks),) = reader.encode_words([("the", "cat", "sat", "on")])
+    assert ids == tokenizer()("the cat sat on")["input_ids"]
+    assert [reader.tokenizer.decode([ids[i]]).strip()[0] for i in marks] == ["t", "c", "s", "o"]

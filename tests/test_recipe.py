@@ -8,7 +8,7 @@ import yaml
 import tiny
 from polyrank.evaluate import predict
 from polyrank.quickstart import Choices, quickstart_recipe
-from polyrank.recipe import RecipeError, load_run, read_recipe, run, write_recipe
+from polyrank.recipe import RecipeError, load_run, load_tasks, read_recipe, run, write_recipe
 from polyrank.recipe.reading import LARGEST
 from polyrank.tasks import Examples
 
@@ -213,3 +213,13 @@ def test_a_setting_reaches_into_a_task(tmp_path: Path):
     assert recipe.tasks[1].text == "body" and (recipe.tasks[0].data, recipe.tasks[0].metric) == ("r8", "macro_f1")
     with pytest.raises(RecipeError, match="no task 'moods'"):
         read_recipe(path, ["tasks.moods.text=body"])
+
+
+def test_a_label_too_rare_for_our_own_split_is_trained_on(tmp_path: Path):
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)]
+    for i in range(8):
+        odd = [{"text": f"odd {i}", "label": "rare"}]
+        (tmp_path / "mood.jsonl").write_text("\n".join(map(json.dumps, rows + odd)))
+        content = GOOD | {"tasks": [{"name": "mood", "train": "mood.jsonl"}]}
+        (task,) = load_tasks(read_recipe(write(tmp_path, content))).tasks
+        assert "rare" in task.train.labels and len(task.train) + len(task.test) == 21

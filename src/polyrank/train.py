@@ -129,6 +129,7 @@ def train(
 
 def tracking(training: Training, folder: Path | None) -> Accelerator:
     """The accelerator, with the trackers that were asked for; their files go to `folder`/trackers."""
+    training.check_trackers()
     if not training.trackers:
         return Accelerator()
     place = ProjectConfiguration(logging_dir=str(Path(folder or ".") / TRACKERS))

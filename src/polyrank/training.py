@@ -4,7 +4,7 @@ import math
 from typing import Literal
 
 from accelerate.tracking import filter_trackers
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from polyrank.mixing import Mixing
 
@@ -54,17 +54,15 @@ class Training(BaseModel):
     )
     seed: int = Field(default=0, ge=0)
 
-    @field_validator("trackers")
-    @classmethod
-    def _known(cls, trackers: list[str]) -> list[str]:
-        """Trackers that accelerate knows and whose packages are here."""
-        found = (
-            [str(one) for one in filter_trackers([*trackers], TRACKERS)] if trackers else []
-        )  # what accelerate finds
-        for name in trackers:
+    def check_trackers(self) -> None:
+        """
+        Raises:
+            ValueError: a tracker that accelerate does not know, or whose package is not here.
+        """
+        found = [str(one) for one in filter_trackers([*self.trackers], TRACKERS)] if self.trackers else []
+        for name in self.trackers:
             if name not in found:
                 raise ValueError(f"the tracker {name!r} is not installed: pip install {name}, or leave it out")
-        return trackers
 
     def rate(self, step: int) -> float:
         """The factor on the learning rates at a step counted from 0: a pure function, so resuming needs no state."""

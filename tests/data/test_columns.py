@@ -34,6 +34,11 @@ GOOD = [
     (Columns("generation", text="{t}?", label="y", names=["no", "yes"]), {"t": "a", "y": 1}, ("a?", "yes")),
     (Columns("multiple_choice"), {"prompt": "a", "options": ["x", "y"], "answer": 1}, (("a", ("x", "y")), 1)),
     (Columns("multiple_choice"), {"prompt": "a", "options": ["x", "y"], "answer": "y"}, (("a", ("x", "y")), 1)),
+    (Columns("multiple_choice"), {"prompt": "a", "options": ["1", "0"], "answer": 1}, (("a", ("1", "0")), 1)),
+    (Columns("multiple_choice"), {"prompt": "a", "options": ["1", "0"], "answer": "1"}, (("a", ("1", "0")), 0)),
+    (Columns("multiple_choice", choices=["no", "yes"]), {"prompt": "a", "answer": "yes"}, (("a", ("no", "yes")), 1)),
+    (Columns(names=["no", "yes"]), {"text": "a", "label": "1"}, ("a", "yes")),
+    (Columns("multi_label", names=["x", "y"]), {"text": "a", "labels": [1]}, ("a", ("y",))),
     (Columns("multiple_choice"), {"prompt": "a", "options": ["x", "y"], "answer": "b"}, (("a", ("x", "y")), 1)),
     (Columns("multiple_choice"), {"prompt": "a", "options": ["x", "y"], "answer": "0"}, (("a", ("x", "y")), 0)),
     (
@@ -95,6 +100,10 @@ def _enough(kind: str) -> Examples:
         (Columns("multiple_choice"), {"prompt": "a", "options": ["x"], "answer": 0}, "Give two to 26"),
         (Columns("multiple_choice"), {"prompt": "a", "options": ["x", "y"], "answer": 2}, "its index from 0"),
         (Columns("multiple_choice"), {"prompt": "a", "options": 3, "answer": 2}, "not a list of strings"),
+        (Columns("multi_label"), {"text": "a", "labels": [0, 1, 1, 0]}, "a mark for each label"),
+        (Columns("generation"), {"prompt": "a", "completion": ["b"]}, "not a string"),
+        (Columns("generation"), {"text": "a", "note": "b"}, "say which hold the prompt"),
+        (Columns("generation", text="Q: {q}", label="a"), {"q": None, "a": "x"}, "does not fit"),
         (Columns("multiple_choice"), {"prompt": "a", "options": ["x", "x"], "answer": 0}, "not all different"),
         (Columns("multiple_choice"), {"prompt": "a", "options": ["x", ""], "answer": 0}, "one is empty"),
         (Columns("token_classification"), {"words": ["a", " "], "tags": ["O", "O"]}, "an empty word"),
@@ -128,6 +137,21 @@ def test_bad_rows_stop_or_are_counted(tmp_path: Path):
     (tmp_path / "b.jsonl").write_text("{\n[")
     with pytest.raises(ValueError, match="no row can be used"):
         examples(read_rows(tmp_path / "b.jsonl"), Columns(), skip=True)
+
+
+def test_odd_cells_are_faults_of_their_own_line(tmp_path: Path):
+    lines = [
+        '{"text": "a \\ud83d b", "label": "x"}',
+        f'{{"text": "a", "label": {"9" * 5000}}}',
+        '{"text": "a", "label": "x"}',
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert [bool(record.fault) for record in read_rows(tmp_path / "a.jsonl")] == [True, True, False]
+    (tmp_path / "a.csv").write_text(f"text,label\n{'long ' * 40_000},x\n")
+    assert [record.fault for record in read_rows(tmp_path / "a.csv")] == [""]
+    (tmp_path / "b.csv").write_text("text,text\na,b\n")
+    with pytest.raises(ValueError, match="two columns have one name"):
+        list(read_rows(tmp_path / "b.csv"))
 
 
 def test_the_same_rows_in_every_kind_of_file(tmp_path: Path):

@@ -53,6 +53,17 @@ def user_errors() -> Iterator[None]:
         raise typer.Exit(130) from stop
 
 
+@contextmanager
+def as_recipe_errors() -> Iterator[None]:
+    """What data or a question does not allow is a user's error."""
+    from polyrank.recipe import RecipeError
+
+    try:
+        yield
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
 def quiet_libraries() -> None:
     from transformers.utils import logging
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from polyrank.cli.app import RunFolder, app, quiet_libraries, user_errors
+from polyrank.cli.app import RunFolder, app, as_recipe_errors, quiet_libraries, user_errors
 
 
 @app.command("eval")
@@ -27,7 +27,8 @@ def evaluate(run: RunFolder, as_json: Annotated[bool, typer.Option("--json", hel
         console = Console()
         tests = {task.name: task.test for task in load_tasks(loaded.recipe).tasks}
         size = loaded.recipe.training.eval_batch_size
-        scores = evaluate(loaded.model, tests, batch_size=size, progress=console.is_terminal)
+        with as_recipe_errors():
+            scores = evaluate(loaded.model, tests, batch_size=size, progress=console.is_terminal)
         metrics = {task.name: task.metric for task in loaded.model.tasks}
         if as_json:
             typer.echo(json.dumps({"tasks": scores, "metrics": metrics, "mean": mean(scores)}))
@@ -53,6 +54,7 @@ def predict(
     texts: Texts = None,
     task: OneTask = None,
     file: TextFile = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest written answer, in tokens.")] = 64,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object per answer, with all probabilities.")
     ] = False,
@@ -78,7 +80,9 @@ def predict(
         size = loaded.recipe.training.eval_batch_size
         everything = [(one, as_texts(loaded, one, questions)) for one in chosen_tasks(loaded, task)]
         for one, asked in everything:
-            for text, found in zip(asked, predict(loaded.model, asked, one.name, batch_size=size), strict=True):
+            with as_recipe_errors():
+                answers = predict(loaded.model, asked, one.name, batch_size=size, max_new_tokens=max_new_tokens)
+            for text, found in zip(asked, answers, strict=True):
                 if as_json:
                     entry = {"task": one.name, "text": text, "answer": found.answer}
                     entry |= {"probabilities": found.probabilities} if found.probabilities else {}
@@ -122,14 +126,20 @@ def generate(
         if not prompts:
             raise RecipeError("generate takes plain texts; rows of a data file go to: polyrank predict RUN --file FILE")
         loaded = load_run(run)
-        model = loaded.model
+        model, size = loaded.model, loaded.recipe.training.eval_batch_size
         if not isinstance(model, LanguageModel):
             raise RecipeError(f"{run} has tasks with heads, which write no text: ask it with polyrank predict {run}")
         sampling = {} if temperature is None else {"do_sample": True, "temperature": temperature}
         torch.manual_seed(seed)
         for one in chosen_tasks(loaded, task):
             ids = torch.full((len(prompts),), model.index(one.name))
-            answers = model.generate(prompts, ids, max_new_tokens=max_new_tokens, num_beams=beams, **sampling)
+            answers: list[str] = []
+            for start in range(0, len(prompts), size):
+                part = slice(start, start + size)
+                with as_recipe_errors():
+                    answers += model.generate(
+                        prompts[part], ids[part], max_new_tokens=max_new_tokens, num_beams=beams, **sampling
+                    )
             for prompt, answer in zip(prompts, answers, strict=True):
                 entry = {"task": one.name, "prompt": prompt, "text": answer}
                 typer.echo(json.dumps(entry, ensure_ascii=False) if as_json else f"[{one.name}] {answer}")

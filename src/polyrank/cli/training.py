@@ -101,7 +101,7 @@ def train(
 @app.command()
 def init(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Your .jsonl and .csv files, or folders that hold them.")
+        list[Path], typer.Argument(metavar="FILE...", help="Your .jsonl, .csv and .parquet files, or folders.")
     ],
     out: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.yaml"),
 ) -> None:

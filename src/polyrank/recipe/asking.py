@@ -76,7 +76,11 @@ def as_texts(run: Run, task: Task, questions: list[str] | list[Record]) -> list[
             task.check(text, None)
         except (RowError, ValueError) as error:
             where = f"text {number}" if isinstance(question, str) else question.where
-            raise RecipeError(f"{where}, task {task.name!r}: {error}") from error
+            several = len(run.model.tasks) > 1
+            cure = (
+                f". For another task: --task {' or '.join(known.name for known in run.model.tasks)}" if several else ""
+            )
+            raise RecipeError(f"{where}, task {task.name!r}: {error}{cure}") from error
         out.append(text)
     return out
 

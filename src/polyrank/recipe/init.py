@@ -24,7 +24,7 @@ PROMPTS = (
     ("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("input", "output"),
     ("source", "target"), ("question", "answer"), ("document", "summary"), ("article", "highlights"),
 )  # fmt: skip
-MOSTLY = 0.8  # of the rows have a value in a column: it may be one of the task's
+MOSTLY = 0.5  # of the rows have a value in a column: it may be one of the task's
 FEW = 10  # labels that a language model scores one by one
 MANY = 200  # a column with more different values than this is no label
 

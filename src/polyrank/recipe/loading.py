@@ -30,7 +30,7 @@ from polyrank.models import HeadModel, LanguageModel, MultiTaskModel
 from polyrank.recipe.reading import RecipeError
 from polyrank.recipe.schema import Recipe, TaskSource, nearest
 from polyrank.step import out_of_memory
-from polyrank.tasks import KINDS, Examples, HeadTask, LanguageTask, Row, Task, shown
+from polyrank.tasks import KINDS, Examples, HeadTask, Label, LanguageTask, Row, Task, shown
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ def load_examples(source: TaskSource, recipe: Recipe) -> tuple[Examples, Example
         else:
             train, faults = examples(_records(source, source.train or ""), columns, skip=skip)
             parts = train.split(source.test_share)
+            if columns.kind in ("classification", "multi_label", "token_classification"):
+                parts = _rare_in_train(*parts)
             if source.test is not None:
                 test, more = examples(_records(source, source.test), columns, skip=skip)
                 parts, faults = (train, test), faults + more
@@ -102,6 +104,18 @@ def load_examples(source: TaskSource, recipe: Recipe) -> tuple[Examples, Example
         raise RecipeError(f"task {source.name!r}: {error}") from error
     train, test = (part.sample(limit, f"{seed}/{source.name}") for part, limit in zip(parts, limits, strict=True))
     return train, test, faults
+
+
+def _rare_in_train(train: Examples, test: Examples) -> tuple[Examples, Examples]:
+    """Where we cut the test ourselves, an example with a label that training would never see goes to the training."""
+    known = {one for label in train.labels for one in _names(label)}
+    rare = [i for i, label in enumerate(test.labels) if not set(_names(label)) <= known]
+    moved, left = test.select(rare), test.select(sorted(set(range(len(test))) - set(rare)))
+    return Examples([*train.texts, *moved.texts], [*train.labels, *moved.labels]), left
+
+
+def _names(label: Label) -> tuple[str, ...]:
+    return label if isinstance(label, tuple) else (label,) if isinstance(label, str) else ()
 
 
 def _built_in(

@@ -52,7 +52,9 @@ def check_recipe(content: Mapping[str, Any], where: str, folder: Path) -> Recipe
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(where, item, content) for item in error.errors())) from error
-    return recipe.model_copy(update={"tasks": [_located(task, folder) for task in recipe.tasks]})
+    here = (folder / recipe.model).resolve()
+    model = str(here) if here.is_dir() else recipe.model  # otherwise built in, of the working directory, or of the hub
+    return recipe.model_copy(update={"model": model, "tasks": [_located(task, folder) for task in recipe.tasks]})
 
 
 def _located(task: TaskSource, folder: Path) -> TaskSource:

@@ -81,6 +81,10 @@ def run(
         raise RecipeError("--overwrite and --resume contradict each other: give one of them")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("a recipe trains in one process: for several, call polyrank.train.train in a script of yours")
+    try:
+        recipe.training.check_trackers()
+    except ValueError as error:
+        raise RecipeError(f"training.trackers: {error}") from error
     folder = Path(recipe.out)
     check_folder(folder, overwrite, resume)
     with claimed(folder):
