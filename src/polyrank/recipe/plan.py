@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from statistics import median
 
 from polyrank.corpus import Corpus
-from polyrank.recipe.loading import build_model, load_backbone, load_tasks, rehearsal, speaks_language
+from polyrank.recipe.loading import build_model, load_backbone, load_tasks, speaks_language
 from polyrank.recipe.reading import RecipeError
+from polyrank.recipe.rehearsal import rehearsal
 from polyrank.recipe.runs import attach, peak_bytes
 from polyrank.recipe.schema import Recipe
 from polyrank.summary import Summary

@@ -25,8 +25,9 @@ from polyrank.history import History
 from polyrank.models import HeadModel, MultiTaskModel, load_heads, save_heads
 from polyrank.probe import Features, Probe, probe, start_heads, trivial_score
 from polyrank.recipe.folder import check_folder, check_same, claimed, start_folder, sweep
-from polyrank.recipe.loading import build_model, forward, load_backbone, load_tasks, rehearsal, speaks_language
+from polyrank.recipe.loading import build_model, load_backbone, load_tasks, speaks_language
 from polyrank.recipe.reading import RecipeError, read_recipe
+from polyrank.recipe.rehearsal import forward, rehearsal
 from polyrank.recipe.schema import Recipe
 from polyrank.tasks import HeadTask
 from polyrank.train import split, train
