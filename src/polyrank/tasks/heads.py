@@ -58,33 +58,18 @@ class HeadTask(Task):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification(HeadTask):
-    """One label of several. `labels` is the sorted tuple of their names; a label id is a position in it."""
-
-    kind: ClassVar[str] = "classification"
-    METRICS: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "matthews")
+class OfClasses(HeadTask):
+    """Each label is one class of several, whether of a text or of a word."""
 
     names: tuple[str, ...]
-    metric: str = "accuracy"
 
     def __post_init__(self) -> None:
         check_label_names(self.name, self.names)
         super().__post_init__()
 
-    @classmethod
-    def from_examples(cls, name: str, train: Examples, test: Examples, **fields: Any) -> Self:
-        names = {str(label) for label in train.labels if label is not None}
-        return cls(name=name, names=tuple(sorted(names)), train=train, test=test, **fields)
-
     @property
     def outputs(self) -> int:
         return len(self.names)
-
-    def target(self, label: Label) -> list[int]:
-        return [position(self.name, self.names, label)]
-
-    def labels(self, rows: Sequence[Row]) -> Tensor:
-        return torch.tensor([row.target[0] if row.target else MISSING for row in rows], dtype=torch.long)
 
     def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy in nats: (n, C), (n,) -> scalar."""
@@ -92,6 +77,27 @@ class Classification(HeadTask):
 
     def count(self, labels: Tensor) -> int:
         return int((labels != MISSING).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(OfClasses):
+    """One label of several. `labels` is the sorted tuple of their names; a label id is a position in it."""
+
+    kind: ClassVar[str] = "classification"
+    METRICS: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "matthews")
+
+    metric: str = "accuracy"
+
+    @classmethod
+    def from_examples(cls, name: str, train: Examples, test: Examples, **fields: Any) -> Self:
+        names = {str(label) for label in train.labels if label is not None}
+        return cls(name=name, names=tuple(sorted(names)), train=train, test=test, **fields)
+
+    def target(self, label: Label) -> list[int]:
+        return [position(self.name, self.names, label)]
+
+    def labels(self, rows: Sequence[Row]) -> Tensor:
+        return torch.tensor([row.target[0] if row.target else MISSING for row in rows], dtype=torch.long)
 
     def read(self, logits: Tensor, rows: Sequence[Row]) -> list[Prediction]:
         found = zip(logits.argmax(-1).tolist(), logits.softmax(-1).tolist(), strict=True)

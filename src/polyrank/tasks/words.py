@@ -6,31 +6,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from polyrank.tasks import metrics
 from polyrank.tasks.base import MISSING, Prediction, Row
 from polyrank.tasks.examples import Examples, Label, Text
-from polyrank.tasks.heads import HeadTask, check_label_names, position
+from polyrank.tasks.heads import OfClasses, position
 
 if TYPE_CHECKING:
     from polyrank.reader import HeadReader
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenClassification(HeadTask):
+class TokenClassification(OfClasses):
     """A tag for each word. A word's feature is that of its first token; words beyond `max_length` get no tag."""
 
     kind: ClassVar[str] = "token_classification"
     METRICS: ClassVar[tuple[str, ...]] = ("entity_f1", "accuracy")
 
-    names: tuple[str, ...]
     metric: str = "accuracy"
-
-    def __post_init__(self) -> None:
-        check_label_names(self.name, self.names)
-        super().__post_init__()
 
     @classmethod
     def from_examples(cls, name: str, train: Examples, test: Examples, **fields: Any) -> Self:
@@ -38,10 +32,6 @@ class TokenClassification(HeadTask):
         spans = "O" in names and all(tag == "O" or tag[:2] in ("B-", "I-") for tag in names)
         fields = {"metric": "entity_f1" if spans else "accuracy"} | fields
         return cls(name=name, names=tuple(sorted(names)), train=train, test=test, **fields)
-
-    @property
-    def outputs(self) -> int:
-        return len(self.names)
 
     def check(self, text: Text, label: Label) -> None:
         if isinstance(text, str) or not all(isinstance(word, str) for word in text):
@@ -69,13 +59,6 @@ class TokenClassification(HeadTask):
     def labels(self, rows: Sequence[Row]) -> Tensor:
         flat = [tag for row in rows for tag in (row.target or [MISSING] * len(row.marks))]
         return torch.tensor(flat, dtype=torch.long)
-
-    def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy in nats: (n, C), (n,) -> scalar, n words."""
-        return F.cross_entropy(logits, labels, ignore_index=MISSING, reduction="sum")
-
-    def count(self, labels: Tensor) -> int:
-        return int((labels != MISSING).sum())
 
     def read(self, logits: Tensor, rows: Sequence[Row]) -> list[Prediction]:
         parts = logits.argmax(-1).split([len(row.marks) for row in rows])
