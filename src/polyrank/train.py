@@ -123,7 +123,8 @@ def train(
                 raise Interrupted(stop, step + 1, folder)
     run.best.restore()
     model.eval()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # not end_training(): the process group is the caller's
+        tracker.finish()
     return log.history
 
 
