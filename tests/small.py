@@ -5,6 +5,29 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from polyrank import ASE, Adapter, LoRA, Method, MoORE, MoORETopK, MoRE, adapt
+from polyrank.methods import (
+    CLoRAE,
+    ConditionalMixLoRA,
+    DoRA,
+    HydraLoRA,
+    LoRAMoE,
+    MALoRA,
+    MELoRA,
+    MiLoRA,
+    MoA,
+    MoDE,
+    MOELoRA,
+    MoLA,
+    MoSLoRA,
+    MTLLoRA,
+    MultiLoRA,
+    OMoE,
+    PiSSA,
+    Poly,
+    RsLoRA,
+    SMoRA,
+    TeamLoRA,
+)
 
 TASKS = ("a", "b", "c")
 IDS = torch.tensor([0, 2, 1, 2])
@@ -27,11 +50,54 @@ METHODS: dict[str, Method] = {
         num_experts=6, k=3, num_shared=0, rank=2, alpha=2, gate="renormalised", mutual_information=0
     ),
     "ase-naive_shared": ASE(num_experts=6, k=2, num_shared=2, rank=2, alpha=2, gate="naive_shared"),
+    "rslora": RsLoRA(rank=4),
+    "dora": DoRA(rank=4),
+    "pissa": PiSSA(rank=4, alpha=6),
+    "milora": MiLoRA(rank=4, alpha=6),
+    "moslora": MoSLoRA(rank=4, alpha=8),
+    "melora": MELoRA(num_experts=2, rank=2, alpha=4),
+    "multilora": MultiLoRA(num_experts=3, rank=2, alpha=4),
+    "mtl_lora": MTLLoRA(num_experts=3, rank=2, alpha=4, temperature=0.5),
+    "mtl_lora-diagonal": MTLLoRA(num_experts=3, rank=2, alpha=4, temperature=0.5, transform="diagonal"),
+    "moelora": MOELoRA(num_experts=2, rank=4, alpha=8, task_dim=5),
+    "moelora-layer": MOELoRA(num_experts=2, rank=4, alpha=8, task_dim=5, gate="layer"),
+    "poly": Poly(num_experts=3, rank=2),
+    "poly-splits": Poly(num_experts=3, rank=2, splits=2),
+    "c_lorae": CLoRAE(rank=4, task_rank=2, alpha=4),
+    "hydralora": HydraLoRA(num_experts=3, rank=2, alpha=4),
+    "loramoe": LoRAMoE(num_experts=3, rank=2, alpha=4),
+    "loramoe-kinds": LoRAMoE(num_experts=4, rank=2, alpha=4, balance=0.1, delta=0.2, knowledge=("b",)),
+    "mola": MoLA(num_experts=(3, 4), k=2, rank=2, alpha=4, balance=0.1),
+    "malora": MALoRA(num_experts=4, k=2, rank=3, subspace=5, alpha=6, balance=0.1),
+    "mode": MoDE(num_experts=3, rank=4),
+    "mode-block": MoDE(num_experts=3, rank=4, block=2),
+    "smora": SMoRA(rank=8, k=3, alpha=6, rate=0.01),
+    "smora-softmax": SMoRA(rank=8, k=4, alpha=8, block=2, activation="softmax", rate=0.01),
+    "smora-biased": SMoRA(rank=8, k=3, alpha=6, value="biased", rate=0.01),
+    "teamlora": TeamLoRA(num_experts=3, rank=2, alpha=4, router_dim=5),
+    "omoe": OMoE(num_experts=3, k=2, rank=2, alpha=4),
+    "omoe-unit": OMoE(num_experts=3, k=2, rank=2, alpha=4, length="unit"),
+    "conditional_mixlora": ConditionalMixLoRA(num_experts=5, rank=3, alpha=6),
+    "conditional_mixlora-released": ConditionalMixLoRA(num_experts=5, rank=3, alpha=6, selection="released"),
+    "moa": MoA(rank=2, alpha=4),
 }
-# What each method declares to be, written down by hand: the contract's rows follow from the layers' own declaration.
-STATIC = {"lora", "moore-task", "moore_topk-task", "more", "more-none", "more-released"}  # the gate ignores the input
-TASKLESS = {"lora"}  # routes by no task
-FULL_RANK = {"moore-task"}  # static, but its delta is no LoRA
+TASK, TOKEN = frozenset({"task"}), frozenset({"token"})
+# What the gate of each method reads, written down by hand: the contract's rows follow from it.
+READS: dict[str, frozenset[str]] = {
+    **dict.fromkeys(["lora", "rslora", "dora", "pissa", "milora", "moslora", "melora", "multilora"], frozenset()),
+    **dict.fromkeys(["moore-task", "moore_topk-task", "more", "more-none", "more-released"], TASK),
+    **dict.fromkeys(["mtl_lora", "mtl_lora-diagonal", "moelora", "moelora-layer", "poly", "poly-splits"], TASK),
+    **dict.fromkeys(["moore-token", "moore-released", "moore_topk-token", "c_lorae"], frozenset({"task", "token"})),
+    **dict.fromkeys(["ase", "ase-baseline", "ase-renormalised", "ase-naive_shared"], frozenset({"task", "token"})),
+    **dict.fromkeys(["moore-sample", "moore_topk-sample", "moa"], frozenset({"task", "sample"})),
+    **dict.fromkeys(["hydralora", "loramoe", "loramoe-kinds", "mola", "malora", "mode", "mode-block"], TOKEN),
+    **dict.fromkeys(["smora", "smora-softmax", "smora-biased", "teamlora", "omoe", "omoe-unit"], TOKEN),
+    **dict.fromkeys(["conditional_mixlora", "conditional_mixlora-released"], frozenset({"sample"})),
+}
+STATIC = {name for name, reads in READS.items() if reads <= {"task"}}  # merges
+TASKLESS = {name for name, reads in READS.items() if "task" not in reads}
+FULL_RANK = {"moore-task", "dora"}  # merges, but its delta is no LoRA
+NOT_THE_BASE = {"omoe-unit"}  # at step 0
 
 
 class Net(nn.Module):
@@ -66,6 +132,8 @@ def adapted(
     adapter = adapt(net, method, tasks=TASKS, targets=["q", "v"])
     if trained:
         disturb(adapter)
+    if method.draws_noise:  # in training: the contract compares forwards
+        net.eval()
     return net, adapter
 
 

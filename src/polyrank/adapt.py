@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import targets as target_names
 from .files import Fingerprint, checked_name, difference, fingerprint, read_folder, write_folder
 from .methods import Method
-from .mixture import Mixture, RouteContext, Site, is_plain
+from .mixture import Mixture, RouteContext, Site, TaskTable, is_plain
 from .saving import frozen_parts, load_frozen, method_fields, method_from, projection
 from .summary import Summary, summarise
 
@@ -76,13 +76,24 @@ class Adapter:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The adapter's trainable weights; none is the base model's."""
-        return (p for _, p in self.named_parameters())
+        return (p for _, p in self.named_parameters() if p.requires_grad)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All the adapter's weights, each once: also those that no gradient trains, and those that are frozen."""
+        seen: set[nn.Parameter] = set()
         for name, layer in self.layers.items():
             for key, p in layer.named_parameters():
-                if not key.startswith("base."):
+                if not key.startswith("base.") and p not in seen:
+                    seen.add(p)
                     yield f"{name}.{key}", p
+
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """The trainable weights that all tasks have in common: those in which tasks can conflict."""
+        own = {p for parts in self._task_parts() for p in parts.rows}
+        return (p for p in self.parameters() if p not in own)
+
+    def _task_parts(self) -> Iterator[TaskTable]:
+        return (part for layer in self.layers.values() for part in layer.modules() if isinstance(part, TaskTable))
 
     def losses(self) -> dict[str, Tensor]:
         """The method's auxiliary losses of the last forward, weighted scalars by name; call it before the next."""

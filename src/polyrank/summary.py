@@ -41,23 +41,21 @@ class Summary:
 
 
 def summarise(model: nn.Module, method: Method, tasks: Sequence[str], layers: Mapping[str, Mixture]) -> Summary:
-    own = {
-        id(p): p.numel() for layer in layers.values() for k, p in layer.named_parameters() if not k.startswith("base.")
-    }
+    own = {p for layer in layers.values() for k, p in layer.named_parameters() if not k.startswith("base.")}
     if any(layer.reads_input for layer in layers.values()):
         merges = "no: the gate reads the input"
     else:
         merges = (
             "exactly, a weight for each task"
-            if any(layer.reads_task for layer in layers.values())
+            if any("task" in layer.reads for layer in layers.values())
             else "exactly, one weight for all tasks"
         )
     return Summary(
         method=method,
         tasks=tuple(tasks),
         num_layers=len(layers),
-        base_parameters=sum(p.numel() for p in model.parameters() if id(p) not in own),
-        trainable_parameters=sum(own.values()),
+        base_parameters=sum(p.numel() for p in model.parameters() if p not in own),
+        trainable_parameters=sum(p.numel() for p in own if p.requires_grad),
         active_parameters=sum(layer.active_parameters() for layer in layers.values()),
         base_flops_per_token=sum(2 * layer.in_features * layer.out_features for layer in layers.values()),
         flops_per_token=sum(layer.flops_per_token() for layer in layers.values()),

@@ -29,6 +29,9 @@ class Factors:
     def first(self, k: int) -> "Factors":
         return Factors(self.u[:, :k], self.sigma[:k], self.vt[:k])
 
+    def last(self, k: int) -> "Factors":
+        return Factors(self.u[:, -k:], self.sigma[-k:], self.vt[-k:])
+
 
 def cache_folder() -> Path:
     return Path(os.environ.get("POLYRANK_CACHE", "~/.cache/polyrank")).expanduser() / "svd"

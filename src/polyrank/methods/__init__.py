@@ -2,14 +2,56 @@
 
 from .ase import ASE as ASE
 from .base import Method as Method
+from .c_lorae import CLoRAE as CLoRAE
+from .conditional_mixlora import ConditionalMixLoRA as ConditionalMixLoRA
+from .dora import DoRA as DoRA
+from .hydralora import HydraLoRA as HydraLoRA
 from .lora import LoRA as LoRA
+from .loramoe import LoRAMoE as LoRAMoE
+from .malora import MALoRA as MALoRA
+from .melora import MELoRA as MELoRA
+from .milora import MiLoRA as MiLoRA
+from .moa import MoA as MoA
+from .mode import MoDE as MoDE
+from .moelora import MOELoRA as MOELoRA
+from .mola import MoLA as MoLA
 from .moore import MoORE as MoORE, MoORETopK as MoORETopK
 from .more import MoRE as MoRE, selected_ranks as selected_ranks
+from .moslora import MoSLoRA as MoSLoRA
+from .mtl_lora import MTLLoRA as MTLLoRA
+from .multilora import MultiLoRA as MultiLoRA
+from .omoe import OMoE as OMoE
+from .pissa import PiSSA as PiSSA
+from .poly import Poly as Poly
+from .rslora import RsLoRA as RsLoRA
+from .smora import SMoRA as SMoRA
+from .teamlora import TeamLoRA as TeamLoRA
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
+    "rslora": RsLoRA,
+    "dora": DoRA,
+    "pissa": PiSSA,
+    "milora": MiLoRA,
+    "moslora": MoSLoRA,
+    "melora": MELoRA,
+    "multilora": MultiLoRA,
+    "more": MoRE,
+    "mtl_lora": MTLLoRA,
+    "moelora": MOELoRA,
+    "poly": Poly,
     "moore": MoORE,
     "moore_topk": MoORETopK,
-    "more": MoRE,
     "ase": ASE,
+    "c_lorae": CLoRAE,
+    "hydralora": HydraLoRA,
+    "loramoe": LoRAMoE,
+    "mola": MoLA,
+    "malora": MALoRA,
+    "mode": MoDE,
+    "smora": SMoRA,
+    "teamlora": TeamLoRA,
+    "omoe": OMoE,
+    "conditional_mixlora": ConditionalMixLoRA,
+    "moa": MoA,
 }

@@ -22,7 +22,7 @@ added to the image is the dense model's part.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -40,11 +40,11 @@ from ..mixture import (
     Router,
     Site,
     SoftmaxTopK,
-    adapter_dtype,
+    TaskTable,
     global_sum,
     in_out_features,
     mutual_information,
-    weight_of,
+    uniform,
 )
 from ..mixture.context import Note
 from .base import STRICT, Method
@@ -53,26 +53,22 @@ from .base import STRICT, Method
 class PerTaskRouter(Router):
     """One linear router of each token for each task; a mixed batch gathers the weights of its tasks."""
 
-    reads_input, reads_task = True, True
+    reads = frozenset({"task", "token"})
 
     def __init__(self, base: nn.Module, num_tasks: int, num_experts: int, num_shared: int) -> None:
         super().__init__()
-        width, bound = in_out_features(base)[0], in_out_features(base)[0] ** -0.5
-        place = {"device": weight_of(base).device, "dtype": adapter_dtype(base)}
-        self.weights = nn.Parameter(torch.empty(num_tasks, num_experts, width, **place).uniform_(-bound, bound))
+        self.weights = TaskTable(uniform(base, num_tasks, num_experts, in_out_features(base)[0]))
         self.num_shared = num_shared
 
     def rows(self) -> None:
         return None
 
     def forward(self, x: Tensor, z: Tensor, site: Site) -> Tensor:
-        ids = site.ids(x)
+        ids, weights = site.ids(x), self.weights()  # (T, E, I)
         if site.per_token:
-            every = F.linear(x, self.weights.flatten(0, 1).to(x.dtype)).unflatten(-1, self.weights.shape[:2])
+            every = F.linear(x, weights.flatten(0, 1).to(x.dtype)).unflatten(-1, weights.shape[:2])
             return every.gather(-2, ids[..., None, None].expand(*ids.shape, 1, every.shape[-1])).squeeze(-2)
-        weights = F.embedding(ids.reshape(-1), self.weights.flatten(1)).unflatten(
-            -1, self.weights.shape[1:]
-        )  # (B, E, I)
+        weights = F.embedding(ids.reshape(-1), weights.flatten(1)).unflatten(-1, weights.shape[1:])  # (B, E, I)
         rows = x.reshape(len(x), -1, x.shape[-1])
         logits = torch.bmm(rows, weights.to(x.dtype).transpose(1, 2)).view(*x.shape[:-1], -1)
         if self.training and site.listens:
@@ -81,29 +77,37 @@ class PerTaskRouter(Router):
 
     def _joint(self, logits: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Softmax mass of the routed experts by task, summed over the tokens: (T, E - S)."""
-        p = F.softmax(logits[..., self.num_shared :].to(self.weights.dtype), -1).reshape(
-            len(ids), -1, logits.shape[-1] - self.num_shared
-        )
+        p = F.softmax(logits[..., self.num_shared :], -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        p = p.reshape(len(ids), -1, p.shape[-1])
         if mask is not None:
             p = p * mask.reshape(len(ids), -1, 1).to(p.dtype)
         return p.new_zeros(len(self.weights), p.shape[-1]).index_add(0, ids, p.sum(1))
 
     def active_parameters(self) -> int:
-        return self.weights[0].numel()
+        return self.weights.row_numel()
 
     def flops_per_token(self) -> int:
-        return 2 * self.weights[0].numel()
+        return 2 * self.weights.row_numel()
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ASE(Method):
+    SIZE: ClassVar[str] = "num_experts * (rank * (I + O) + T * I)"
+
     num_experts: PositiveInt = 16
+    """N, the shared ones included"""
     k: PositiveInt = 3
+    """how many routed experts are active"""
     num_shared: NonNegativeInt = 1
+    """S"""
     rank: PositiveInt = 4
+    """r, of each expert"""
     alpha: PositiveFloat = 4.0
+    """the scale is alpha / r"""
     gate: Literal["joint", "renormalised", "baseline", "naive_shared"] = "joint"
+    """the paper's gate, or one of its controls"""
     mutual_information: NonNegativeFloat = 0.005
+    """the weight of the loss; 0 turns it off"""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -2,22 +2,44 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
+import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from ..mixture import Mixture
+from ..mixture import Mixture, in_out_features, is_plain, load_balance, weight_of
 from ..mixture.context import Note
+from ..svd import Factors, factorise, numerical_rank
 
-STRICT = ConfigDict(extra="forbid")  # an unknown hyper-parameter is an error, not a default
+# an unknown hyper-parameter is an error, not a default; a string below a field says what it is
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class Method(ABC):
-    """What every method provides. Concrete methods are frozen, validated dataclasses whose ``repr`` is their recipe."""
+    """What every method provides. Concrete methods are frozen, validated dataclasses whose ``repr`` is their recipe.
+
+    The header of its file is the first half of its card: title, authors and year in its first lines, the equation as an
+    indented block, when to choose it, and the deviations; "Reconstruction" opens the paragraph of a method of which not
+    everything was published.
+    """
+
+    SIZE: ClassVar[str]  # trained weights of layer l of L: of the fields, I, O, T tasks, K = rank of W
+    SIZE_ONCE: ClassVar[str] = "0"  # of all layers together
+    draws_noise: ClassVar[bool] = False  # in training, in its gates
+
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether the adapted model is the base before training."""
+        return True
 
     @abstractmethod
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
         """One layer for each site (name -> frozen linear layer). Nothing in the model is changed yet."""
+
+    def bank(self) -> "Method | None":
+        """What each task is first trained with alone, for this method to mix; None where nothing comes first."""
+        return None
 
     def losses(self, notes: Mapping[str, Sequence[Note]]) -> dict[str, Tensor]:
         """Auxiliary losses, weighted, by name, from what the layers noted in one forward."""
@@ -25,9 +47,52 @@ class Method(ABC):
 
     def param_groups(self, layers: Mapping[str, Mixture], lr: float, weight_decay: float) -> list[dict[str, object]]:
         """Parameter groups for an optimiser."""
-        parameters = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
-        return [{"params": parameters, "lr": lr, "weight_decay": weight_decay}]
+        # a dict, because layers may share a router
+        every = {p: None for layer in layers.values() for p in layer.parameters() if p.requires_grad}
+        return [{"params": [*every], "lr": lr, "weight_decay": weight_decay}]
 
     def after_step(self, layers: Mapping[str, Mixture]) -> None:
         """Called after each step of the optimiser."""
         return
+
+
+def check_plain(name: str, base: nn.Module, why: str) -> None:
+    """
+    Raises:
+        ValueError: the layer is more than its weight (quantised, sharded, hooked), or has none in memory.
+    """
+    if not is_plain(base):
+        raise ValueError(
+            f"{name}: the method {why}, and this layer is not a plain linear layer (quantised, sharded, hooked or with "
+            "its own forward): load the base unquantised and unhooked, or take another method"
+        )
+
+
+def factors_of(name: str, base: nn.Module, *, closed: bool) -> Factors:
+    """The singular factors of a site's weight; ``closed`` leaves out directions whose sigma is below rounding.
+
+    Raises:
+        ValueError: the layer is not its weight alone.
+    """
+    check_plain(name, base, "decomposes the weight itself")
+    factors = factorise(weight_of(base))
+    return factors.first(numerical_rank(factors, weight_of(base).dtype)) if closed else factors
+
+
+def check_divides(parts: int, name: str, base: nn.Module, field: str) -> None:
+    """
+    Raises:
+        ValueError: the layer's features cannot be cut into ``parts``.
+    """
+    sizes = in_out_features(base)
+    if any(size % parts for size in sizes):
+        raise ValueError(
+            f"{name} has {sizes[0]} inputs and {sizes[1]} outputs, which {field}={parts} does not divide: take a "
+            "common divisor of the layers' sizes"
+        )
+
+
+def balance_loss(notes: Mapping[str, Sequence[Note]], weight: float) -> dict[str, Tensor]:
+    """``weight`` times the mean balance loss of all layers whose gates are ``Watched``."""
+    loads = [load_balance(load) for _, load in notes.get("load", ())]
+    return {"balance": weight * torch.stack(loads).mean()} if loads else {}

@@ -20,7 +20,7 @@ Deviations from the released code, with the reason:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, MultipleOf
@@ -38,34 +38,20 @@ from ..mixture import (
     Reflections,
     Router,
     SampleRouter,
+    Site,
     Sum,
     TaskEmbedding,
     TokenRouter,
     adapter_dtype,
     base_shrink,
     expand_,
-    is_plain,
     weight_of,
 )
-from ..svd import Factors, factorise, numerical_rank
-from .base import STRICT, Method
+from ..svd import Factors
+from .base import STRICT, Method, factors_of
 
 Even = Annotated[int, Ge(2), MultipleOf(2)]
 Level = Literal["token", "sample", "task"]
-
-
-def _factors(name: str, base: nn.Module) -> Factors:
-    """The singular factors of a site's weight.
-
-    Raises:
-        ValueError: the layer is more than its weight (quantised, sharded, hooked), or has none in memory.
-    """
-    if not is_plain(base):
-        raise ValueError(
-            f"{name}: MoORE decomposes the weight itself, and this layer is not a plain linear layer (quantised, "
-            "sharded, hooked or with its own forward): load the base unquantised and unhooked, or take another method"
-        )
-    return factorise(weight_of(base))
 
 
 def _router(base: nn.Module, level: Level, num_tasks: int, task_dim: int, router_dim: int, num_experts: int) -> Router:
@@ -101,12 +87,8 @@ class SingularLinear(Mixture):
         return True
 
     @property
-    def reads_input(self) -> bool:
-        return self.router.reads_input
-
-    @property
-    def reads_task(self) -> bool:
-        return True
+    def reads(self) -> frozenset[str]:
+        return self.router.reads
 
     def experts(self) -> tuple[Tensor, Tensor]:
         """U (O, K) and V'P' (K, I): expert d is their d-th column and row."""
@@ -153,7 +135,7 @@ class SingularDirections(Experts):
         image = F.linear(rows.to(weight.dtype), weight).to(rows.dtype)  # W applied to the reflections' span, (L, O)
         return torch.cat([-core @ image, self.u.t()])
 
-    def core(self, z: Tensor, gate: Tensor | None) -> Tensor:
+    def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
         assert gate is not None
         rows, core = self.reflections.factors()
         turned, h = z[..., : len(rows)], z[..., len(rows) :]
@@ -178,19 +160,26 @@ class Correction(Gate):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MoORE(Method):
+    SIZE: ClassVar[str] = "num_reflections * I + task_dim * (T + K) + (router != 'task') * router_dim * (I + K)"
+
     num_reflections: Even = 8
+    """L, an even number"""
     task_dim: PositiveInt = 64
+    """the length of e_t"""
     router_dim: PositiveInt = 128
+    """the rows of G"""
     router: Level = "token"
+    """what g reads beside the task: each "token" (what the released code runs), the "sample" (the masked mean of the
+    prompt: the paper's wording), or nothing, "task"
+    """
     null_directions: Literal["closed", "released"] = "closed"
+    """directions with sigma below rounding have no expert; "released" keeps them, and the change may leave Range(W)"""
 
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
         layers: dict[str, Mixture] = {}
         for name, base in sites.items():
             weight = weight_of(base)
-            factors = _factors(name, base)
-            if self.null_directions == "closed":
-                factors = factors.first(numerical_rank(factors, weight.dtype))
+            factors = factors_of(name, base, closed=self.null_directions == "closed")
             turn = Reflections(weight.shape[1], self.num_reflections, weight.device, adapter_dtype(base))
             router = _router(base, self.router, len(tasks), self.task_dim, self.router_dim, len(factors.sigma))
             layers[name] = SingularLinear(base, factors, turn, router)
@@ -199,18 +188,26 @@ class MoORE(Method):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MoORETopK(Method):
+    SIZE: ClassVar[str] = (
+        "num_reflections * I + task_dim * (T + min(k, K)) + (router != 'task') * router_dim * (I + min(k, K))"
+    )
+
     k: PositiveInt = 32
+    """how many directions"""
     num_reflections: Even = 8
+    """L, an even number"""
     task_dim: PositiveInt = 64
+    """the length of e_t"""
     router_dim: PositiveInt = 16
+    """the rows of G"""
     router: Level = "token"
+    """as in MoORE"""
 
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
         layers: dict[str, Mixture] = {}
         for name, base in sites.items():
             weight = weight_of(base)
-            factors = _factors(name, base)
-            factors = factors.first(min(self.k, numerical_rank(factors, weight.dtype)))
+            factors = factors_of(name, base, closed=True).first(self.k)
             turn = Reflections(weight.shape[1], self.num_reflections, weight.device, adapter_dtype(base))
             router = _router(base, self.router, len(tasks), self.task_dim, self.router_dim, len(factors.sigma))
             layers[name] = MixtureLinear(

@@ -7,8 +7,10 @@ https://arxiv.org/abs/2505.22694
     loss += lambda * mean over layers and samples of -log softmax_k(cos(h, e_k) / tau)[t]
             h the masked mean of the layer's input
 
-One LoRA pair trained by all tasks; expert i is its prefix of rank i. The gate is a constant of (layer, task), so each
-task merges exactly. Mixed-task batches run in one pass by a prefix mask.
+One LoRA pair trained by all tasks; expert i is its prefix of rank i, and each task picks its own rank in each layer.
+The gate is a constant of (layer, task), so each task merges exactly. Mixed batches run in one pass by a prefix mask.
+
+Choose it if the tasks need different ranks, and each has to leave as a plain model in the end.
 
 Deviations from the released code, with the reason:
 - The selector is live: every released version freezes it at its random start (its training branch is never reached).
@@ -22,7 +24,7 @@ Deviations from the released code, with the reason:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -30,7 +32,19 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..mixture import Gate, LoRAExperts, Mixture, MixtureLinear, Router, Site, adapter_dtype, in_out_features, weight_of
+from ..mixture import (
+    Gate,
+    LoRAExperts,
+    Mixture,
+    MixtureLinear,
+    Router,
+    Site,
+    TaskTable,
+    in_out_features,
+    normal,
+    place,
+    uniform,
+)
 from ..mixture.context import Note
 from .base import STRICT, Method
 
@@ -43,28 +57,24 @@ STEP = 0.05  # between the first logits of neighbouring ranks: a few times their
 class RankSelector(Router):
     """W_g e_t + b_g, and the contrastive loss that ties e_t to the inputs of task t."""
 
-    reads_input, reads_task = False, True
+    reads = frozenset({"task"})
 
     def __init__(
         self, base: nn.Module, num_tasks: int, rank: int, temperature: float, pooling: Pooling, start: Start
     ) -> None:
         super().__init__()
         width = in_out_features(base)[0]
-        place = {"device": weight_of(base).device, "dtype": adapter_dtype(base)}
-        bound = (6 / width) ** 0.5  # kaiming_uniform for relu, as released
-        self.embedding = nn.Parameter(0.01 * torch.randn(num_tasks, width, **place))
-        self.proj = nn.Parameter(torch.empty(rank, width, **place).uniform_(-bound, bound))
-        rising = STEP * torch.arange(rank, **place)
-        self.bias = nn.Parameter(
-            rising if start == "full" else torch.empty(rank, **place).uniform_(-(width**-0.5), width**-0.5)
-        )
+        self.embedding = TaskTable(normal(base, num_tasks, width, std=0.01))
+        self.proj = uniform(base, rank, width, bound=(6 / width) ** 0.5)  # kaiming_uniform for relu, as released
+        rising = STEP * torch.arange(rank, **place(base))
+        self.bias = nn.Parameter(rising) if start == "full" else uniform(base, rank, bound=width**-0.5)
         self.temperature, self.pooling = temperature, pooling
 
     def rows(self) -> None:
         return None
 
     def logits(self) -> Tensor:
-        return F.linear(self.embedding, self.proj, self.bias)  # (T, R)
+        return torch.stack([F.linear(e, self.proj, self.bias) for e in self.embedding.each()])  # (T, R)
 
     def forward(self, x: Tensor, z: Tensor, site: Site) -> Tensor:
         ids = site.ids(x)
@@ -74,12 +84,13 @@ class RankSelector(Router):
 
     def _contrastive(self, x: Tensor, ids: Tensor, site: Site) -> Tensor:
         h = site.pool(x) if self.pooling == "mean" else x.reshape(len(x), -1, x.shape[-1])[:, 0]  # (B, I)
-        near = F.normalize(h.to(self.embedding.dtype), dim=-1) @ F.normalize(self.embedding, dim=-1).t()
+        tasks = self.embedding()
+        near = F.normalize(h.to(tasks.dtype), dim=-1) @ F.normalize(tasks, dim=-1).t()
         target = ids.reshape(-1)[:: max(1, ids.numel() // len(h))].expand(len(h))
         return F.cross_entropy(near / self.temperature, target)
 
     def active_parameters(self) -> int:
-        return self.embedding[0].numel() + self.proj.numel() + self.bias.numel()
+        return self.embedding.row_numel() + self.proj.numel() + self.bias.numel()
 
     def flops_per_token(self) -> int:
         return 0
@@ -108,13 +119,22 @@ class Nested(Gate):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MoRE(Method):
+    SIZE: ClassVar[str] = "rank * (I + O) + T * I + rank * (I + 1)"
+
     rank: PositiveInt = 8
+    """R, the largest rank"""
     alpha: PositiveFloat = 32.0
+    """the scale is alpha / R"""
     scaling: Scaling = "row"
+    """s_i: "row" is i / R on one factor, "released" puts i / R on both, "none" on neither"""
     contrastive: NonNegativeFloat = 0.1
+    """lambda; 0 turns the contrastive loss off"""
     temperature: PositiveFloat = 0.05
+    """tau"""
     pooling: Pooling = "mean"
+    """h: the masked "mean" of the layer's input, or its "first" token, as released"""
     start: Start = "full"
+    """every task starts at the full rank; "released" is the random start of the released code"""
 
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
         layers: dict[str, Mixture] = {}

@@ -9,29 +9,53 @@ Legend of the shape comments: B batch, L sequence, N tokens (all leading dimensi
 E experts, R rank of all experts together (rows of A), T tasks. Leading dimensions are free: ``...`` is any of them.
 """
 
-from .balance import global_sum as global_sum, mutual_information as mutual_information
+from .balance import (
+    global_sum as global_sum,
+    load_balance as load_balance,
+    mutual_information as mutual_information,
+)
 from .base import (
     in_out_features as in_out_features,
     is_linear as is_linear,
     is_plain as is_plain,
+    runs_primitives as runs_primitives,
     weight_of as weight_of,
 )
 from .context import Route as Route, RouteContext as RouteContext, Site as Site
-from .experts import Experts as Experts, LoRAExperts as LoRAExperts, adapter_dtype as adapter_dtype
+from .experts import (
+    Experts as Experts,
+    LoRAExperts as LoRAExperts,
+    SharedDownExperts as SharedDownExperts,
+    SingularExperts as SingularExperts,
+    TaskExperts as TaskExperts,
+)
 from .gates import (
     Gate as Gate,
     JointTopK as JointTopK,
     NaiveShared as NaiveShared,
     Offset as Offset,
+    Softmax as Softmax,
     SoftmaxTopK as SoftmaxTopK,
+    Watched as Watched,
 )
 from .linear import Mixture as Mixture, MixtureLinear as MixtureLinear, context_of as context_of
-from .primitives import base_shrink as base_shrink, expand_ as expand_
+from .primitives import base_shrink as base_shrink, compute_dtype as compute_dtype, expand_ as expand_
 from .reflections import Reflections as Reflections
 from .routers import (
+    LinearRouter as LinearRouter,
     Router as Router,
     SampleRouter as SampleRouter,
     Sum as Sum,
     TaskEmbedding as TaskEmbedding,
+    TaskLogits as TaskLogits,
     TokenRouter as TokenRouter,
+    for_samples as for_samples,
+)
+from .start import (
+    TaskTable as TaskTable,
+    adapter_dtype as adapter_dtype,
+    normal as normal,
+    place as place,
+    uniform as uniform,
+    zeros as zeros,
 )

@@ -24,3 +24,14 @@ def mutual_information(joint: Tensor) -> Tensor:
     by_task, by_expert = joint.sum(-1, keepdim=True), joint.sum(-2, keepdim=True)
     ratio = joint / (by_task * by_expert).clamp_min(torch.finfo(joint.dtype).tiny)
     return (joint * torch.log(ratio + 1e-4)).sum((-2, -1))
+
+
+def load_balance(load: Tensor) -> Tensor:
+    """E sum_e f_e P_e, at least 1: f the shares of the choices that fell on each expert, P the mean probabilities.
+
+    ``load`` is (..., 2, E), choices and probability mass summed over the tokens, as ``Watched`` notes them; summed over
+    processes here. Returns (...). Source: Switch Transformer (Fedus et al., JMLR 2022).
+    """
+    load = global_sum(load)
+    shares = load / load.sum(-1, keepdim=True).clamp_min(1e-9)
+    return load.shape[-1] * (shares[..., 0, :].detach() * shares[..., 1, :]).sum(-1)

@@ -234,6 +234,11 @@ class Site:
     def mask(self, x: Tensor) -> Tensor | None:
         return self.context.route.mask(x, self.stream)
 
+    def samples(self, x: Tensor) -> int:
+        """How many samples stand in ``x`` (..., I): windows of one count as one."""
+        batch = self.context.route.batch
+        return x.shape[0] if batch is None or x.shape[0] % batch else batch
+
     def pool(self, x: Tensor) -> Tensor:
         """Masked mean (B, I) of this forward's tokens; see ``Route.pool``."""
         return self.context.route.pool(x, self.stream)
@@ -269,6 +274,11 @@ class Site:
     def listens(self) -> bool:
         """Whether notes are worth leaving: only a forward of the whole model that will be differentiated has losses."""
         return torch.is_grad_enabled() and self.context.route.batch is not None
+
+    @property
+    def replays(self) -> bool:
+        """Whether this is the recomputation of a forward that has been counted already."""
+        return self.context._replaying
 
     @property
     def per_token(self) -> bool:

@@ -1,23 +1,20 @@
 """Experts own the thin maps A and B, and how a gate acts on the ranks between them."""
 
-import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
-from .base import in_out_features, weight_of
-
-
-def adapter_dtype(base: nn.Module) -> torch.dtype:
-    """fp32 master weights whatever the base is stored in; fp64 where the base is."""
-    return torch.float64 if weight_of(base).dtype == torch.float64 else torch.float32
+from .base import in_out_features
+from .context import Site
+from .start import TaskTable, uniform, zeros
 
 
 class Experts(nn.Module, ABC):
     """What every parametrisation of the experts provides."""
 
     num_experts: int
+    reads: frozenset[str] = frozenset()  # beside what the router reads: "task" where the experts have parts of a task
 
     @abstractmethod
     def down(self) -> Tensor:
@@ -28,8 +25,13 @@ class Experts(nn.Module, ABC):
         """B: (R', O). ``base`` is for experts that stand on the frozen weight."""
 
     @abstractmethod
-    def core(self, z: Tensor, gate: Tensor | None) -> Tensor:
-        """q = C(gate) z: (..., R) -> (..., R'), linear in z. ``gate`` is (..., E), or None where nothing is gated."""
+    def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
+        """q = C(gate, task) z: (..., R) -> (..., R'), linear in z. ``gate`` (..., E), or None."""
+
+    def active_parameters(self, num_active: int) -> int:
+        """Trained parameters that work on one token of which ``num_active`` experts take care."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return trained * num_active // self.num_experts
 
 
 class LoRAExperts(Experts):
@@ -39,10 +41,8 @@ class LoRAExperts(Experts):
         super().__init__()
         in_features, out_features = in_out_features(base)
         self.num_experts, self.rank = num_experts, rank
-        place = {"device": weight_of(base).device, "dtype": adapter_dtype(base)}
-        bound = 1 / math.sqrt(in_features)  # kaiming_uniform(a=sqrt(5)), LoRA's own
-        self.lora_A = nn.Parameter(torch.empty(num_experts * rank, in_features, **place).uniform_(-bound, bound))
-        self.lora_B = nn.Parameter(torch.zeros(num_experts * rank, out_features, **place))
+        self.lora_A = uniform(base, num_experts * rank, in_features)
+        self.lora_B = zeros(base, num_experts * rank, out_features)
 
     def down(self) -> Tensor:
         return self.lora_A
@@ -50,10 +50,100 @@ class LoRAExperts(Experts):
     def up(self, base: nn.Module) -> Tensor:
         return self.lora_B
 
-    def core(self, z: Tensor, gate: Tensor | None) -> Tensor:
+    def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
         if gate is None:
             return z
         gate = gate.to(z.dtype)
         if self.rank == 1:
             return z * gate
         return (z.unflatten(-1, (self.num_experts, self.rank)) * gate.unsqueeze(-1)).flatten(-2)
+
+
+class TaskExperts(Experts):
+    """One pair for each task, a part of its own: others join or freeze without it."""
+
+    def __init__(self, base: nn.Module, num_tasks: int, rank: int) -> None:
+        super().__init__()
+        in_features, out_features = in_out_features(base)
+        self.num_experts, self.rank = num_tasks, rank
+        self.lora_A = TaskTable(uniform(base, num_tasks, rank, in_features))
+        self.lora_B = TaskTable(zeros(base, num_tasks, rank, out_features))
+
+    def down(self) -> Tensor:
+        return self.lora_A().flatten(0, 1)
+
+    def up(self, base: nn.Module) -> Tensor:
+        return self.lora_B().flatten(0, 1)
+
+    def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
+        assert gate is not None
+        return (z.unflatten(-1, (self.num_experts, self.rank)) * gate.to(z.dtype).unsqueeze(-1)).flatten(-2)
+
+    @torch.no_grad()
+    def put(self, task: int, a: Tensor, b: Tensor) -> None:
+        """Let the pair of a task be A (r, I) and B (r, O).
+
+        Raises:
+            ValueError: another rank or size.
+        """
+        mine = self.lora_A.each()[task], self.lora_B.each()[task]
+        if (a.shape, b.shape) != (mine[0].shape, mine[1].shape):
+            raise ValueError(
+                f"the bank has A {tuple(a.shape)} and B {tuple(b.shape)}, the expert {tuple(mine[0].shape)} and "
+                f"{tuple(mine[1].shape)}: give both the same rank"
+            )
+        mine[0].copy_(a)
+        mine[1].copy_(b)
+
+
+class SharedDownExperts(Experts):
+    """One A for all experts, E alternatives of B. Each block of ``block`` ranks is gated by itself.
+
+    The gate is (..., rank / block * E): the weights of one block's alternatives stand together.
+    """
+
+    def __init__(self, base: nn.Module, num_experts: int, rank: int, block: int) -> None:
+        super().__init__()
+        in_features, out_features = in_out_features(base)
+        self.num_experts, self.rank, self.block = num_experts, rank, block
+        self.lora_A = uniform(base, rank, in_features)
+        self.lora_B = zeros(base, num_experts * rank, out_features)
+
+    def down(self) -> Tensor:
+        return self.lora_A
+
+    def up(self, base: nn.Module) -> Tensor:
+        return self.lora_B
+
+    def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
+        assert gate is not None
+        blocks = self.rank // self.block
+        weights = gate.to(z.dtype).unflatten(-1, (blocks, self.num_experts)).transpose(-1, -2)  # (..., E, blocks)
+        return (weights.unsqueeze(-1) * z.unflatten(-1, (1, blocks, self.block))).flatten(-3)  # (..., E * R)
+
+
+class SingularExperts(Experts):
+    """One LoRA pair that starts as a part of W itself: the pair's start is taken off again, so W need not change.
+
+    y = W x + s (B A - B_0 A_0) x equals (W - s B_0 A_0) x + s B A x, and starts as the base.
+    """
+
+    def __init__(self, base: nn.Module, u: Tensor, sigma: Tensor, vt: Tensor, scale: float) -> None:
+        """A_0 = sqrt(sigma / s) vt and B_0 = u sqrt(sigma / s), for u (O, R), sigma (R,), vt (R, I)."""
+        super().__init__()
+        self.num_experts = 1
+        root = (sigma / scale).sqrt().unsqueeze(-1)
+        self.start_A: Tensor
+        self.start_B: Tensor
+        self.register_buffer("start_A", root * vt, persistent=False)  # (R, I)
+        self.register_buffer("start_B", root * u.t(), persistent=False)  # (R, O)
+        self.lora_A, self.lora_B = nn.Parameter(self.start_A.clone()), nn.Parameter(self.start_B.clone())
+
+    def down(self) -> Tensor:
+        return torch.cat([self.lora_A, self.start_A])
+
+    def up(self, base: nn.Module) -> Tensor:
+        return torch.cat([self.lora_B, -self.start_B])
+
+    def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
+        return z

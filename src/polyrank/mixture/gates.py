@@ -6,12 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .context import Site
+
 
 class Gate(nn.Module, ABC):
     """What every gate provides."""
 
     @abstractmethod
     def forward(self, logits: Tensor) -> Tensor: ...
+
+    def watch(self, logits: Tensor, weights: Tensor, site: Site) -> None:
+        """Called in training with what ``forward`` read and gave: leave notes for losses, or count."""
+        return
 
     @abstractmethod
     def num_active(self, num_experts: int) -> int:
@@ -20,6 +26,23 @@ class Gate(nn.Module, ABC):
 
 def _softmax(logits: Tensor) -> Tensor:
     return F.softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+
+
+class Softmax(Gate):
+    """Dense softmax over groups of neighbouring logits; all of them are one group by default."""
+
+    def __init__(self, group: int | None = None, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.group, self.temperature = group, temperature
+
+    def forward(self, logits: Tensor) -> Tensor:
+        logits = logits / self.temperature
+        if self.group is None:
+            return _softmax(logits)
+        return _softmax(logits.unflatten(-1, (-1, self.group))).flatten(-2)
+
+    def num_active(self, num_experts: int) -> int:
+        return num_experts
 
 
 class SoftmaxTopK(Gate):
@@ -72,6 +95,26 @@ class NaiveShared(Gate):
 
     def num_active(self, num_experts: int) -> int:
         return self.routed.k + self.num_shared
+
+
+class Watched(Gate):
+    """Another gate whose load is noted for a balance loss (``load_balance``); padding is left out."""
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.gate(logits)
+
+    def watch(self, logits: Tensor, weights: Tensor, site: Site) -> None:
+        p, chosen = _softmax(logits).flatten(0, -2), (weights.detach() > 0).flatten(0, -2)  # (N, E)
+        mask = site.mask(logits)
+        counts = torch.ones_like(p[:, :1]) if mask is None else mask.reshape(-1, 1).to(p.dtype)
+        site.note("load", torch.stack([(chosen * counts).sum(0), (p * counts).sum(0)]))  # (2, E)
+
+    def num_active(self, num_experts: int) -> int:
+        return self.gate.num_active(num_experts)
 
 
 class Offset(Gate):

@@ -45,12 +45,13 @@ class Mixture(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def reads_input(self) -> bool:
-        """Whether the gate looks at the input: then no single weight stands for a task."""
+    def reads(self) -> frozenset[str]:
+        """What the gate looks at: of "task", "sample" (pooled tokens) and "token"."""
 
     @property
-    @abstractmethod
-    def reads_task(self) -> bool: ...
+    def reads_input(self) -> bool:
+        """Whether the gate looks at the input: then no single weight stands for a task."""
+        return bool(self.reads & {"sample", "token"})
 
     @abstractmethod
     def task_weight(self, task: int) -> Tensor:
@@ -109,9 +110,12 @@ class MixtureLinear(Mixture):
         """The rank side: q = s C(x, t) z, (..., R')."""
         gate = None
         if self.router is not None:
-            logits = self.router(x, z[..., rank:], site)
-            gate = logits if self.gate is None else self.gate(logits)
-        q = self.experts.core(z[..., :rank], gate)
+            gate = logits = self.router(x, z[..., rank:], site)
+            if self.gate is not None:
+                gate = self.gate(logits)
+                if self.training and site.listens:
+                    self.gate.watch(logits, gate, site)
+        q = self.experts.core(z[..., :rank], gate, site)
         return q if self.scale == 1 else q * self.scale
 
     @property
@@ -119,26 +123,25 @@ class MixtureLinear(Mixture):
         return False
 
     @property
-    def reads_input(self) -> bool:
-        return self.router is not None and self.router.reads_input
-
-    @property
-    def reads_task(self) -> bool:
-        return self.router is not None and self.router.reads_task
+    def reads(self) -> frozenset[str]:
+        return self.experts.reads | (frozenset() if self.router is None else self.router.reads)
 
     def active_parameters(self) -> int:
-        experts = sum(p.numel() for p in self.experts.parameters())
-        if self.gate is not None:
-            experts = experts * self.gate.num_active(self.experts.num_experts) // self.experts.num_experts
-        return experts + (0 if self.router is None else self.router.active_parameters())
+        experts = self.experts.active_parameters(
+            self.experts.num_experts if self.gate is None else self.gate.num_active(self.experts.num_experts)
+        )
+        gate = 0 if self.gate is None else sum(p.numel() for p in self.gate.parameters())
+        return experts + gate + (0 if self.router is None else self.router.active_parameters())
 
     @torch.no_grad()
     def task_lora(self, task: int) -> tuple[Tensor, Tensor]:
         """The core is linear in z, so it is its value on the identity: minimal rank, whatever the method."""
         self.refuse_if_input_routed()
-        a = self.experts.down()
+        a, training = self.experts.down(), self.training
         eye = torch.eye(len(a), device=a.device, dtype=a.dtype)
+        self.eval()  # no noise in a merged weight
         q = self.mix(eye, eye, len(a), self.site.on(task, a.device))  # (R, R')
+        self.train(training)
         return a, q @ self.experts.up(self.base).to(a.dtype)
 
     @torch.no_grad()

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import in_out_features, weight_of
+from .base import in_out_features
 from .context import Site
-from .experts import adapter_dtype
+from .start import TaskTable, normal, uniform, zeros
 
 
 class Router(nn.Module, ABC):
     """What every router provides."""
 
-    reads_input: bool  # the logits depend on x: then no single weight stands for a task
-    reads_task: bool
+    reads: frozenset[str]  # what the logits depend on: "task", "sample" (pooled tokens), "token"
 
     @abstractmethod
     def rows(self) -> Tensor | None:
@@ -40,40 +39,84 @@ class Router(nn.Module, ABC):
 
 
 class TaskEmbedding(Router):
-    """Q e_t: a learnt embedding of each task, N(0, 1), then a linear map to logits, zero at the start."""
+    """Q e_t: a learnt embedding of each task, N(0, 1), then a linear map to logits, uniform within ``bound``."""
 
-    reads_input, reads_task = False, True
+    reads = frozenset({"task"})
 
-    def __init__(self, base: nn.Module, num_tasks: int, dim: int, num_experts: int) -> None:
+    def __init__(self, base: nn.Module, num_tasks: int, dim: int, num_experts: int, bound: float = 0.0) -> None:
         super().__init__()
-        place = {"device": weight_of(base).device, "dtype": adapter_dtype(base)}
-        self.embedding = nn.Parameter(torch.randn(num_tasks, dim, **place))
-        self.proj = nn.Parameter(torch.zeros(num_experts, dim, **place))
+        self.embedding = TaskTable(normal(base, num_tasks, dim))
+        self.proj = uniform(base, num_experts, dim, bound=bound)
 
     def rows(self) -> None:
         return None
 
     def forward(self, x: Tensor, z: Tensor, site: Site) -> Tensor:
-        logits = F.linear(self.embedding, self.proj)  # (T, E): small, then each sample takes its row
+        # one small product a task: a task that joins later does not even change the others' rounding
+        logits = torch.stack([F.linear(e, self.proj) for e in self.embedding.each()])  # (T, E)
         return F.embedding(site.ids(x), logits)
 
     def active_parameters(self) -> int:
-        return self.embedding[0].numel() + self.proj.numel()
+        return self.embedding.row_numel() + self.proj.numel()
 
     def flops_per_token(self) -> int:
         return 0
 
 
+class TaskLogits(Router):
+    """Free logits for each task, uniform within ``bound``."""
+
+    reads = frozenset({"task"})
+
+    def __init__(self, base: nn.Module, num_tasks: int, num_experts: int, bound: float) -> None:
+        super().__init__()
+        self.logits = TaskTable(uniform(base, num_tasks, num_experts, bound=bound))
+
+    def rows(self) -> None:
+        return None
+
+    def forward(self, x: Tensor, z: Tensor, site: Site) -> Tensor:
+        return F.embedding(site.ids(x), self.logits())
+
+    def active_parameters(self) -> int:
+        return self.logits.row_numel()
+
+    def flops_per_token(self) -> int:
+        return 0
+
+
+class LinearRouter(Router):
+    """G x of each token. G as nn.Linear's default, or N(0, std^2)."""
+
+    reads = frozenset({"token"})
+
+    def __init__(self, base: nn.Module, num_experts: int, std: float | None = None) -> None:
+        super().__init__()
+        shape = num_experts, in_out_features(base)[0]
+        self.weight = uniform(base, *shape) if std is None else normal(base, *shape, std=std)
+
+    def rows(self) -> Tensor:
+        return self.weight
+
+    def forward(self, x: Tensor, z: Tensor, site: Site) -> Tensor:
+        return z
+
+    def active_parameters(self) -> int:
+        return self.weight.numel()
+
+    def flops_per_token(self) -> int:
+        return 2 * self.weight.numel()
+
+
 class TokenRouter(Router):
     """G_up G x: a linear bottleneck of each token. G as nn.Linear's default, G_up zero at the start."""
 
-    reads_input, reads_task = True, False
+    reads = frozenset({"token"})
 
     def __init__(self, base: nn.Module, dim: int, num_experts: int) -> None:
         super().__init__()
-        place = {"device": weight_of(base).device, "dtype": adapter_dtype(base)}
-        self.down = nn.Parameter(_linear_default(dim, in_out_features(base)[0], **place))
-        self.up = nn.Parameter(torch.zeros(num_experts, dim, **place))
+        self.down = uniform(base, dim, in_out_features(base)[0])
+        self.up = zeros(base, num_experts, dim)
 
     def rows(self) -> Tensor:
         return self.down
@@ -91,13 +134,12 @@ class TokenRouter(Router):
 class SampleRouter(Router):
     """G_up G mean(x): as ``TokenRouter``, on the masked mean of the prompt; one gate for all tokens of a sample."""
 
-    reads_input, reads_task = True, False
+    reads = frozenset({"sample"})
 
     def __init__(self, base: nn.Module, dim: int, num_experts: int) -> None:
         super().__init__()
-        place = {"device": weight_of(base).device, "dtype": adapter_dtype(base)}
-        self.down = nn.Parameter(_linear_default(dim, in_out_features(base)[0], **place))
-        self.up = nn.Parameter(torch.zeros(num_experts, dim, **place))
+        self.down = uniform(base, dim, in_out_features(base)[0])
+        self.up = zeros(base, num_experts, dim)
 
     def rows(self) -> None:
         return None
@@ -105,9 +147,7 @@ class SampleRouter(Router):
     def forward(self, x: Tensor, z: Tensor, site: Site) -> Tensor:
         pooled = site.pool_prompt(x)  # (B, I)
         logits = F.linear(F.linear(pooled, self.down.to(pooled.dtype)), self.up.to(pooled.dtype))
-        if len(logits) != x.shape[0]:
-            logits = logits.repeat_interleave(x.shape[0] // len(logits), 0)
-        return logits.view(x.shape[0], *[1] * (x.ndim - 2), -1)
+        return for_samples(logits, x)
 
     def active_parameters(self) -> int:
         return self.down.numel() + self.up.numel()
@@ -116,14 +156,20 @@ class SampleRouter(Router):
         return 0
 
 
+def for_samples(values: Tensor, x: Tensor) -> Tensor:
+    """values (B, E) of each sample, so that they broadcast over the tokens of x (..., I)."""
+    if len(values) != x.shape[0]:  # windows, beams
+        values = values.repeat_interleave(x.shape[0] // len(values), 0)
+    return values.view(x.shape[0], *[1] * (x.ndim - 2), -1)
+
+
 class Sum(Router):
     """The sum of several routers' logits."""
 
     def __init__(self, *routers: Router) -> None:
         super().__init__()
         self.routers = nn.ModuleList(routers)
-        self.reads_input = any(router.reads_input for router in routers)
-        self.reads_task = any(router.reads_task for router in routers)
+        self.reads = frozenset().union(*(router.reads for router in routers))
 
     def _each(self) -> Sequence[Router]:
         return [router for router in self.routers if isinstance(router, Router)]
@@ -148,9 +194,3 @@ class Sum(Router):
 
     def flops_per_token(self) -> int:
         return sum(router.flops_per_token() for router in self._each())
-
-
-def _linear_default(out_features: int, in_features: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Uniform as nn.Linear's default (kaiming_uniform, a = sqrt(5))."""
-    bound = in_features**-0.5
-    return torch.empty(out_features, in_features, device=device, dtype=dtype).uniform_(-bound, bound)

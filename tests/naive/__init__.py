@@ -1,0 +1,11 @@
+"""Every method once more, written from its paper's equation: no primitive, no stacking, no batching.
+
+A twin is ``twin(method, p, weight, bias, x, ids) -> (y, auxiliary loss)`` for one layer: ``p`` the adapter's weights by
+name (a list of T tensors where each task has its own), ``weight`` (O, I), ``bias`` (O), ``x`` (B, L, I), ``ids`` (B,).
+"""
+
+from polyrank import ASE, LoRA, MoORE, MoORETopK, MoRE
+
+from .seeds import naive_ase, naive_lora, naive_moore, naive_moore_topk, naive_more, svd as svd
+
+NAIVE = {LoRA: naive_lora, MoORE: naive_moore, MoORETopK: naive_moore_topk, MoRE: naive_more, ASE: naive_ase}
