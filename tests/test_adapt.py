@@ -169,7 +169,7 @@ def test_a_base_that_is_more_than_its_weight():
     weight, bias = net.q.weight, net.q.bias
     net.q.forward = lambda x: nn.functional.linear(x, 2 * weight, bias)
     want = net(inputs(4, 5, 16))
-    with pytest.raises(ValueError, match=r"q: MoORE decomposes the weight"):
+    with pytest.raises(ValueError, match=r"q: the method decomposes the weight"):
         adapt(net, MoORE(), tasks=["a"], targets=["q"])
     adapter = adapt(net, LoRA(), tasks=["a"], targets=["q"])
     assert_close(net(inputs(4, 5, 16)), want)

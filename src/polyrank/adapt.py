@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from . import targets as target_names
 from .files import Fingerprint, checked_name, difference, fingerprint, read_folder, write_folder
+from .joining import put_experts, saved_loras, task_parts, with_task
 from .methods import Method
-from .mixture import Mixture, RouteContext, Site, TaskTable, is_plain
-from .saving import frozen_parts, load_frozen, method_fields, method_from, projection
+from .mixture import Mixture, RouteContext, Site, is_plain
+from .saving import copy_weights, frozen_parts, load_frozen, method_fields, method_from, named_weights, projection
 from .summary import Summary, summarise
 
 
@@ -80,20 +81,12 @@ class Adapter:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All the adapter's weights, each once: also those that no gradient trains, and those that are frozen."""
-        seen: set[nn.Parameter] = set()
-        for name, layer in self.layers.items():
-            for key, p in layer.named_parameters():
-                if not key.startswith("base.") and p not in seen:
-                    seen.add(p)
-                    yield f"{name}.{key}", p
+        return named_weights(self.layers)
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """The trainable weights that all tasks have in common: those in which tasks can conflict."""
-        own = {p for parts in self._task_parts() for p in parts.rows}
+        own = {layer.get_parameter(key) for layer in self.layers.values() for key in task_parts(layer)}
         return (p for p in self.parameters() if p not in own)
-
-    def _task_parts(self) -> Iterator[TaskTable]:
-        return (part for layer in self.layers.values() for part in layer.modules() if isinstance(part, TaskTable))
 
     def losses(self) -> dict[str, Tensor]:
         """The method's auxiliary losses of the last forward, weighted scalars by name; call it before the next."""
@@ -128,31 +121,74 @@ class Adapter:
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=adapter.context.replay)"
             ) from error
 
+    # What joins later.
+
+    def add_task(self, task: str, freeze: bool = True) -> None:
+        """Let one more task join; the outputs of the others stay bit for bit what they are.
+
+        Args:
+            freeze: train nothing but the new task's own parts from now on, so that the others stay so for good. Build
+                the optimiser anew in either case.
+
+        Raises:
+            ValueError: a bad or known name, a method with weights whose size depends on the number of tasks, or, with
+                ``freeze``, one that keeps nothing of a task's own; nothing was changed.
+        """
+        self._in_place()
+        _checked_tasks([*self.tasks, task])
+        self._restore_base()
+        grown = with_task(self.method, self.layers, self.tasks, task)
+        own = {
+            layer.get_parameter(key)
+            for layer in grown.values()
+            for key, index in task_parts(layer).items()
+            if index == len(self.tasks)
+        }
+        if freeze and not own:
+            raise ValueError(
+                f"{self.method} keeps nothing of a task's own, so nothing would be trained: add the task with "
+                "freeze=False, or take a method that routes by task"
+            )
+        for name, layer in grown.items():
+            self.model.set_submodule(name, layer)
+        self.layers, self.context.tasks = grown, (*self.tasks, task)
+        if freeze:
+            for p in self.parameters():
+                p.requires_grad_(p in own)
+
+    def load_bank(self, bank: Mapping[str, str | Path]) -> None:
+        """Put saved adapters, one for each task named, where the method keeps the tasks' experts (MoA).
+
+        Raises:
+            FileNotFoundError: no adapter there.
+            ValueError: an unknown task, an adapter of another base or other layers, one for which no LoRA stands, or
+                one of a higher rank; nothing was changed.
+        """
+        self._in_place()
+        ids = {task: int(self.task_ids(task)[0]) for task in bank}
+        found = {
+            ids[task]: saved_loras(folder, self.layers, task, self.base_fingerprint) for task, folder in bank.items()
+        }
+        before = {name: p.clone() for name, p in self.state_dict().items()}
+        try:
+            put_experts(self.layers, found)
+        except ValueError:
+            self.load_state_dict(before)
+            raise
+
     # Files.
 
     def state_dict(self) -> dict[str, Tensor]:
         """The adapter's own weights by name; no base weight is in it."""
         return {name: p.detach() for name, p in self.named_parameters()}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy ``state`` into the adapter, all of it or nothing.
 
         Raises:
             ValueError: a missing, extra or misshapen tensor, named.
         """
-        own = dict(self.named_parameters())
-        for name in own.keys() - state.keys():
-            raise ValueError(f"the adapter's weights lack {name}: they belong to another method, target or version")
-        for name in state.keys() - own.keys():
-            raise ValueError(
-                f"the adapter's weights have {name}, which this adapter does not: another method, target or version"
-            )
-        for name, tensor in state.items():
-            if tensor.shape != own[name].shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, this adapter needs {tuple(own[name].shape)}")
-        for name, tensor in state.items():
-            own[name].copy_(tensor)
+        copy_weights(self.layers, state)
 
     def save(self, folder: str | Path, with_factors: bool = False) -> None:
         """Write the adapter: its weights, and a manifest with the method, tasks, layers and the base's fingerprint.
@@ -305,13 +341,7 @@ def adapt(
     Raises:
         ValueError: bad task names, or layers that cannot be adapted; the model is unchanged.
     """
-    if isinstance(tasks, str):
-        raise ValueError(f"tasks={tasks!r} is one string: give a list of names, [{tasks!r}]")
-    names = [checked_name(task, "task") for task in tasks]
-    if not names or len({name.lower() for name in names}) != len(names):
-        raise ValueError(
-            f"tasks must be one or more different names (upper and lower case count as the same), got {names}"
-        )
+    names = _checked_tasks(tasks)
     sites = target_names.find(model, targets, exclude)
     base = fingerprint(dict(model.named_parameters()))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -330,3 +360,14 @@ def adapt(
         layer.train(layer.base.training)
         model.set_submodule(name, layer)
     return Adapter(model, method, context, layers, base, trained)
+
+
+def _checked_tasks(tasks: Sequence[str]) -> list[str]:
+    if isinstance(tasks, str):
+        raise ValueError(f"tasks={tasks!r} is one string: give a list of names, [{tasks!r}]")
+    names = [checked_name(task, "task") for task in tasks]
+    if not names or len({name.lower() for name in names}) != len(names):
+        raise ValueError(
+            f"tasks must be one or more different names (upper and lower case count as the same), got {names}"
+        )
+    return names

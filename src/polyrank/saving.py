@@ -4,12 +4,12 @@ MoORE's weights belong to singular directions in a certain order. The files keep
 an adapter is refused where the factorisation of the same base comes out differently.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .methods import METHODS, Method
 from .mixture import Mixture
@@ -37,6 +37,37 @@ def method_from(fields: Mapping[str, Any]) -> Method:
             "Adapter.load(folder, model, method=...)"
         )
     return METHODS[name](**rest)
+
+
+def named_weights(layers: Mapping[str, Mixture]) -> Iterator[tuple[str, nn.Parameter]]:
+    """All the layers' own weights, each once: also those that no gradient trains, and those that are frozen."""
+    seen: set[nn.Parameter] = set()
+    for name, layer in layers.items():
+        for key, p in layer.named_parameters():
+            if not key.startswith("base.") and p not in seen:
+                seen.add(p)
+                yield f"{name}.{key}", p
+
+
+@torch.no_grad()
+def copy_weights(layers: Mapping[str, Mixture], state: Mapping[str, Tensor]) -> None:
+    """Copy ``state`` into the layers, all of it or nothing.
+
+    Raises:
+        ValueError: a missing, extra or misshapen tensor, named.
+    """
+    own = dict(named_weights(layers))
+    for name in own.keys() - state.keys():
+        raise ValueError(f"the adapter's weights lack {name}: they belong to another method, target or version")
+    for name in state.keys() - own.keys():
+        raise ValueError(
+            f"the adapter's weights have {name}, which this adapter does not: another method, target or version"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, this adapter needs {tuple(own[name].shape)}")
+    for name, tensor in state.items():
+        own[name].copy_(tensor)
 
 
 def frozen_parts(layers: Mapping[str, Mixture]) -> dict[str, Tensor]:

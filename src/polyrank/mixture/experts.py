@@ -81,19 +81,16 @@ class TaskExperts(Experts):
 
     @torch.no_grad()
     def put(self, task: int, a: Tensor, b: Tensor) -> None:
-        """Let the pair of a task be A (r, I) and B (r, O).
+        """Let the pair of a task be A (R, I) and B (R, O); ranks that it has not are zero.
 
         Raises:
-            ValueError: another rank or size.
+            ValueError: more ranks than the experts have.
         """
-        mine = self.lora_A.each()[task], self.lora_B.each()[task]
-        if (a.shape, b.shape) != (mine[0].shape, mine[1].shape):
-            raise ValueError(
-                f"the bank has A {tuple(a.shape)} and B {tuple(b.shape)}, the expert {tuple(mine[0].shape)} and "
-                f"{tuple(mine[1].shape)}: give both the same rank"
-            )
-        mine[0].copy_(a)
-        mine[1].copy_(b)
+        if len(a) > self.rank:
+            raise ValueError(f"a LoRA of rank {len(a)} does not fit experts of rank {self.rank}: raise their rank")
+        for mine, given in ((self.lora_A.each()[task], a), (self.lora_B.each()[task], b)):
+            mine.zero_()
+            mine[: len(given)] = given
 
 
 class SharedDownExperts(Experts):
