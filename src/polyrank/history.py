@@ -80,13 +80,23 @@ class Log:
         if self.main:
             self.bar.console.print(message, style="dim", highlight=False, markup=False)
 
-    def step(self, step: int, loss: float, losses: dict[str, float], lr: float, norm: float, taken: bool) -> None:
+    def step(
+        self,
+        step: int,
+        loss: float,
+        losses: dict[str, float],
+        lr: float,
+        norm: float,
+        taken: bool,
+        combined: dict[str, Any],
+    ) -> None:
+        """combined: weights and cosines of the tasks, where a combiner decides."""
         self.history.skipped += not taken
         self.history.skipped_in_a_row = 0 if taken else self.history.skipped_in_a_row + 1
         self.bar.update(self.row, completed=step, note=f"loss {loss:.3f}{self.held}")
         by_task = {name: _finite(value) for name, value in losses.items()}
         entry = {"step": step, "loss": _finite(loss), "losses": by_task, "lr": lr, "gradient_norm": _finite(norm)}
-        self.history.steps.append(self._write({**entry, "skipped": not taken}))
+        self.history.steps.append(self._write({**entry, **combined, "skipped": not taken}))
 
     def evaluation(self, step: int, scores: dict[str, float], found: float) -> None:
         self.held = f"  held-out {found:.3f}"

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from polyrank.corpus import Corpus
 from polyrank.evaluate import predict
+from polyrank.methods import METHODS
 from polyrank.models import HeadModel
 from polyrank.probe import Features
 from polyrank.recipe import Recipe, RecipeError, Run, check_recipe, load_run, load_tasks, run
@@ -44,13 +45,13 @@ def quickstart_recipe(choices: Choices, seed: int, out: Path) -> Recipe:
     """
     text = files("polyrank.recipe").joinpath("quickstart.yaml").read_text(encoding="utf-8")
     shipped = parse_yaml(text, "quickstart.yaml")
-    if choices.method not in shipped["methods"]:
-        raise RecipeError(f"--method: unknown method {choices.method!r}{nearest(choices.method, shipped['methods'])}")
+    if choices.method not in METHODS:
+        raise RecipeError(f"--method: unknown method {choices.method!r}{nearest(choices.method, METHODS)}")
     content: dict[str, Any] = shipped["recipe"] | {"method": {"name": choices.method}, "out": str(out)}
     for key in ("training.seed", "out"):
         if any(setting.partition("=")[0].strip() == key for setting in choices.settings):
             raise RecipeError(f"--set {key}=...: use --{key.removeprefix('training.')} (every run has its own)")
-    own = shipped["methods"][choices.method]
+    own = shipped["methods"].get(choices.method, {})
     if choices.model is not None:  # the shipped targets name MiniLM's layers
         content["model"] = choices.model
         own = {key: value for key, value in own.items() if key != "targets"}

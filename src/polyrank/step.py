@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from polyrank.combining import Apart, Combination
 from polyrank.corpus import Batch, Corpus
 from polyrank.history import Log
 from polyrank.mixing import Sampler
@@ -45,7 +46,13 @@ def micro_batches(
 
 
 def backward(
-    model: MultiTaskModel, adapter: Trainable, batches: list[Batch], training: Training, accelerator: Accelerator
+    model: MultiTaskModel,
+    adapter: Trainable,
+    batches: list[Batch],
+    training: Training,
+    accelerator: Accelerator,
+    combination: Combination | None = None,
+    number: int = 0,
 ) -> tuple[float, dict[str, float]]:
     """Add the gradients of one whole step of this process; returns the loss of all processes, and that of each task."""
     device = model.device
@@ -55,22 +62,82 @@ def backward(
     counts = counts.to(device)
     live = total(torch.tensor(len(batches), device=device), accelerator)
     counts = total(counts, accelerator)
-    weights = task_factors(
-        counts.to(next(adapter.parameters()).dtype), [task.name for task in model.tasks], training.task_weights
-    )
-    sums, extra = torch.zeros_like(weights), torch.zeros_like(weights[0])
-    for batch in batches:
+    like = next(adapter.parameters())
+    sums, extra = like.new_zeros(len(counts)), like.new_zeros(())
+
+    def forward(batch: Batch) -> tuple[Tensor, Tensor]:
+        """S_t (T,) with its graph, and the auxiliary losses' share of the step."""
         with autocast(device, training.precision):
             answers = model(batch.inputs, batch.task_ids)
-        own = model.loss_sums(answers, batch.labels)  # (T,)
-        auxiliary = sum(adapter.losses().values(), torch.zeros_like(extra)) / live
-        ((own * weights).sum() + auxiliary).backward()
+        own = model.loss_sums(answers, batch.labels)
+        return own, sum(adapter.losses().values(), torch.zeros_like(extra)) / live
+
+    apart, ready = None, None
+    if combination is not None and combination.combiner.needs == "gradients":
+        shared = list(adapter.shared_parameters())
+        others = set(adapter.parameters()) | set(model.heads.parameters())
+        apart = Apart(shared, [p for p in others if p not in set(shared)], len(counts))
+        factors = 1 / counts.clamp(min=1).to(like)
+    elif combination is not None:
+        losses = None
+        if combination.combiner.needs == "losses":  # before the weights: with one part, its own forward tells them
+            if len(batches) == 1 and accelerator.num_processes == 1:
+                ready = forward(batches[0])
+            measured = sums_without_gradients(model, batches, training) if ready is None else ready[0].detach()
+            losses = total(measured, accelerator) / counts.clamp(min=1)
+        factors = combination.ask(number, counts > 0, losses).to(like) / counts.clamp(min=1)
+    else:
+        factors = task_factors(counts.to(like.dtype), [task.name for task in model.tasks], training.task_weights)
+    for batch in batches:
+        own, auxiliary = forward(batch) if ready is None else ready
+        if apart is None:
+            ((own * factors).sum() + auxiliary).backward()
+        else:
+            for task in model.counts(batch.labels).nonzero().flatten().tolist():
+                apart.add(task, own[task] * factors[task], 1 / int((counts > 0).sum()))
+            apart.add_auxiliary(auxiliary)
         sums += own.detach()
         extra += auxiliary.detach()
     sums, extra = total(sums, accelerator), total(extra, accelerator)
-    means = (sums / counts.clamp(min=1)).tolist()
-    losses = {task.name: m for task, m, n in zip(model.tasks, means, counts.tolist(), strict=True) if n}
-    return float((sums * weights).sum() + extra), losses
+    means = sums / counts.clamp(min=1)
+    if apart is not None and combination is not None:
+        apart.sum(accelerator)
+        weights = combination.ask(number, counts > 0, means, apart.gram())
+        if accelerator.is_main_process:  # the gradients of all processes are added next
+            apart.apply(weights)
+        factors = weights.to(like) / counts.clamp(min=1)
+    losses = {task.name: m for task, m, n in zip(model.tasks, means.tolist(), counts.tolist(), strict=True) if n}
+    return float((sums * factors).sum() + extra), losses
+
+
+@torch.no_grad()
+def sums_without_gradients(model: MultiTaskModel, batches: Sequence[Batch], training: Training) -> Tensor:
+    """S_t (T,) of this process's share of a step; draws no noise that the step itself would miss."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), autocast(model.device, training.precision):
+        parts = [model.loss_sums(model(batch.inputs, batch.task_ids), batch.labels) for batch in batches]
+    return torch.stack(parts).sum(0) if parts else torch.zeros(len(model.tasks), device=model.device)
+
+
+def tell_combiner(
+    run: Running,
+    sampler: Sampler,
+    corpus: Corpus,
+    step: int,
+    losses: Mapping[str, float],
+    training: Training,
+    accelerator: Accelerator,
+) -> None:
+    """After a step that was taken: its losses, or those of the same examples after the update."""
+    if run.combination is None:
+        return
+    found = torch.tensor([losses.get(task.name, 0.0) for task in run.model.tasks])
+    if run.combination.combiner.looks_again:
+        batches = micro_batches(sampler, corpus, step, run.accumulation, accelerator)
+        counts = sum((run.model.counts(batch.labels) for batch in batches), torch.zeros_like(found).long())
+        sums = total(sums_without_gradients(run.model, batches, training), accelerator)
+        found = sums / total(counts.to(sums.device), accelerator).clamp(min=1)
+    run.combination.after(found)
 
 
 def backward_within_memory(
@@ -87,7 +154,7 @@ def backward_within_memory(
         torch.manual_seed(hash((training.seed, step, accelerator.process_index)))  # noise depends on nothing else
         batches = micro_batches(sampler, corpus, step, run.accumulation, accelerator)
         try:
-            return backward(run.model, run.adapter, batches, training, accelerator)
+            return backward(run.model, run.adapter, batches, training, accelerator, run.combination, step)
         except (RuntimeError, MemoryError) as error:
             single = all(len(batch.task_ids) == 1 for batch in batches)
             if not out_of_memory(error) or single or accelerator.num_processes > 1:

@@ -19,14 +19,24 @@ from accelerate.utils import ProjectConfiguration
 from torch import nn
 
 from polyrank.checkpoint import Interrupted, Signals, refuse_checkpoints, save_checkpoint
+from polyrank.combining import Combination
 from polyrank.corpus import Corpus
 from polyrank.evaluate import evaluate, mean
 from polyrank.files import fingerprint
 from polyrank.history import History, Log
 from polyrank.models import HeadModel, MultiTaskModel
-from polyrank.step import agreed, autocast, backward_within_memory, check_parts, share_weights, sum_gradients, total
+from polyrank.step import (
+    agreed,
+    autocast,
+    backward_within_memory,
+    check_parts,
+    share_weights,
+    sum_gradients,
+    tell_combiner,
+    total,
+)
 from polyrank.tasks import Examples, Task
-from polyrank.train_state import Best, Running, Trainable
+from polyrank.train_state import Running, Trainable
 from polyrank.training import HARMLESS, TRACKERS, Training
 
 PATIENCE = 10  # rejected steps in a row before training gives up
@@ -81,7 +91,9 @@ def train(
     sampler = training.mixing.sampler(corpus.lengths, training.batch_size, training.seed)
     check_parts(sampler, training, accelerator)
     parameters, optimizer = build_optimizer(model, adapter, training)
-    run = Running(model, adapter, optimizer, training.accumulation, identity(model, training, corpus, held))
+    combination = combine(training, model, adapter)
+    known = identity(model, training, corpus, held)
+    run = Running(model, adapter, optimizer, training.accumulation, known, combination)
     first = 0 if folder is None else run.restore(folder) if resume else refuse_checkpoints(folder)
     share_weights(parameters, accelerator)
     main = accelerator.is_main_process
@@ -92,7 +104,7 @@ def train(
         for line in cut_texts(corpus):
             log.say(line)
         if first == 0:
-            look(run.best, 0, held, training, accelerator, log)
+            look(run, 0, held, training, accelerator, log)
         for step in range(first, training.steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * training.rate(step)
@@ -103,8 +115,10 @@ def train(
                 nn.utils.clip_grads_with_norm_(parameters, training.clip, torch.tensor(norm, device=model.device))
                 optimizer.step()
                 adapter.after_step()
+                tell_combiner(run, sampler, corpus, step, losses, training, accelerator)
             optimizer.zero_grad(set_to_none=False)
-            log.step(step + 1, loss, losses, training.lr * training.rate(step), norm, taken)
+            combined = {} if combination is None else combination.numbers()
+            log.step(step + 1, loss, losses, training.lr * training.rate(step), norm, taken, combined)
             if log.history.skipped_in_a_row == PATIENCE:
                 run.best.restore()
                 raise Diverged(
@@ -114,7 +128,7 @@ def train(
                 )
             last = step + 1 == training.steps
             if (step + 1) % training.eval_every == 0 or last:
-                look(run.best, step + 1, held, training, accelerator, log)
+                look(run, step + 1, held, training, accelerator, log)
             due = training.checkpoint_every and ((step + 1) % training.checkpoint_every == 0 or last)
             stop = agreed(signals.received, accelerator)
             if folder is not None and main and (due or stop):
@@ -151,6 +165,22 @@ def build_optimizer(
     return [*adapter.parameters(), *heads], torch.optim.AdamW(groups)
 
 
+def combine(training: Training, model: MultiTaskModel, adapter: Trainable) -> Combination | None:
+    """
+    Raises:
+        ValueError: a combiner of gradients for an adapter without a weight that tasks share.
+    """
+    combiner = training.combiner()
+    if combiner is None:
+        return None
+    if combiner.needs == "gradients" and not any(True for _ in adapter.shared_parameters()):
+        raise ValueError(
+            f"{combiner} weighs the gradients of weights that tasks share, and every weight of this adapter belongs to "
+            "one task: leave `combine` out, or take another method"
+        )
+    return Combination(combiner, [task.name for task in model.tasks], training.seed)
+
+
 def cut_texts(corpus: Corpus) -> list[str]:
     """What to tell a person of texts that are longer than the model is given."""
     most = corpus.reader.max_length
@@ -166,15 +196,17 @@ def cut_texts(corpus: Corpus) -> list[str]:
 
 
 def look(
-    best: Best, step: int, held: Mapping[str, Examples], training: Training, accelerator: Accelerator, log: Log
+    run: Running, step: int, held: Mapping[str, Examples], training: Training, accelerator: Accelerator, log: Log
 ) -> None:
     """Score the held-out examples, and keep the state if it is the best so far."""
     with autocast(accelerator.device, training.precision):
-        scores = evaluate(best.model, held, batch_size=training.eval_batch_size, progress=False)
+        scores = evaluate(run.model, held, batch_size=training.eval_batch_size, progress=False)
     here = torch.tensor(mean(scores), device=accelerator.device)
     found = float(total(here, accelerator)) / accelerator.num_processes
     log.evaluation(step, scores, found)
-    if best.offer(step, found):
+    if run.combination is not None:
+        run.combination.scored(scores)
+    if run.best.offer(step, found):
         log.history.best_step, log.history.best_score = step, found
 
 

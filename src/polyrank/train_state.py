@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from polyrank.checkpoint import Checkpoint, CheckpointError, load_optimizer, newest, optimizer_tensors
+from polyrank.combining import Combination
 from polyrank.history import History, Log
 from polyrank.models import MultiTaskModel
 
@@ -22,6 +23,7 @@ class Trainable(Protocol):
     def after_step(self) -> None: ...
     def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+    def shared_parameters(self) -> Iterator[nn.Parameter]: ...
     def enable_checkpointing(self) -> None: ...
 
 
@@ -58,9 +60,10 @@ class Running:
         optimizer: torch.optim.Optimizer,
         accumulation: int,
         identity: str,
+        combination: Combination | None = None,
     ) -> None:
         """identity: what must be equal in the run that a checkpoint comes from."""
-        self.identity = identity
+        self.identity, self.combination = identity, combination
         self.model, self.adapter, self.optimizer, self.accumulation = model, adapter, optimizer, accumulation
         self.best = Best(model, adapter)
         self.skipped, self.skipped_in_a_row = 0, 0
@@ -73,6 +76,7 @@ class Running:
             "best_adapter": self.best.weights["adapter"],
             "best_heads": self.best.weights["heads"],
             "optimizer": optimizer_tensors(self.optimizer),
+            "combiner": {} if self.combination is None else self.combination.state,
         }
         numbers = {
             "best": [self.best.step, self.best.score],
@@ -99,6 +103,8 @@ class Running:
             self.adapter.load_state_dict(found.tensors["adapter"])
             self.model.heads.load_state_dict(found.tensors["heads"])
             load_optimizer(self.optimizer, found.tensors.get("optimizer", {}))
+            if self.combination is not None:
+                self.combination.state = found.tensors.get("combiner", {})
         except (ValueError, RuntimeError, KeyError) as error:
             raise CheckpointError(
                 f"the checkpoint of step {found.step} in {folder} is of another run: {error}"

@@ -1,11 +1,13 @@
 """How to train: the settings of a run, each checked and with its default."""
 
 import math
-from typing import Literal
+from dataclasses import asdict
+from typing import Any, Literal
 
 from accelerate.tracking import filter_trackers
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
+from polyrank.combine import COMBINERS, Combiner
 from polyrank.mixing import Mixing
 
 TRACKERS = "trackers"  # the folder of their files, in the run's
@@ -52,7 +54,38 @@ class Training(BaseModel):
     task_weights: dict[str, float] | None = Field(
         default=None, description="w_t of each task; default: its share of the labels"
     )
+    combine: dict[str, Any] | None = Field(
+        default=None,
+        description="how the tasks' gradients or losses are combined: a name, or name and settings; default: the "
+        "sampler decides",
+    )
     seed: int = Field(default=0, ge=0)
+
+    @field_validator("combine", mode="before")
+    @classmethod
+    def _combine(cls, given: object) -> object:
+        """The combiner with every setting filled in; `combine: nash_mtl` is short for `combine: {name: nash_mtl}`."""
+        if given is None:
+            return None
+        fields = {"name": given} if isinstance(given, str) else given
+        name = fields.get("name") if isinstance(fields, dict) else None
+        if not isinstance(fields, dict) or name not in COMBINERS:
+            raise ValueError(f"unknown combiner {name!r} (known: {', '.join(sorted(COMBINERS))})")
+        settings = {key: value for key, value in fields.items() if key != "name"}
+        resolved: Any = TypeAdapter(COMBINERS[name]).validate_python(settings)
+        return {"name": name, **asdict(resolved)}
+
+    @model_validator(mode="after")
+    def _one_decides(self) -> "Training":
+        if self.combine is not None and self.task_weights is not None:
+            raise ValueError("task_weights and combine both say how much a task counts: give one of them")
+        return self
+
+    def combiner(self) -> Combiner | None:
+        if self.combine is None:
+            return None
+        settings = {key: value for key, value in self.combine.items() if key != "name"}
+        return COMBINERS[self.combine["name"]](**settings)
 
     def check_trackers(self) -> None:
         """

@@ -190,6 +190,17 @@ def test_gradnorm():
     close(state["weights"], w[0].x, w[1].x)
 
 
+@pytest.mark.parametrize("length, rises", [(1.80, True), (1.86, False)])
+def test_gradnorms_exponent(length: float, rises: bool):
+    """Losses at 3 and 1 times the first: r = 1.5, and the target is 1.5^1.5 = 1.837 times the mean length, 1."""
+    combiner, state = GradNorm(alpha=1.5), {}
+    for losses, n in [((1, 1), (1, 1)), ((3, 1), (length, 2 - length))]:
+        step = step_of(torch.diag(vector(*n)), vector(*losses))
+        close(combiner.weights(step, state), 1, 1)  # the first step is balanced
+        combiner.after(step, step.losses, state)
+    assert (combiner.weights(step, state)[0] > 1) == rises
+
+
 def test_gradnorms_derivative_is_that_of_the_network():
     """|grad of w_t L_t| differentiated by w through the network, create_graph and all, over three steps."""
     generator = torch.Generator().manual_seed(1)

@@ -52,15 +52,14 @@ class CAGrad(PerTask):
             return x, (x @ gram @ x).clamp_min(0).sqrt()
 
         _, low = point(0.0)
-        if stationary := bool(low <= noise):
+        if low <= noise:  # then f(0) = 0, and its slope there says whether the sign changes later
             pull = nonnegative(gram, -to_mean)
             low = (pull @ gram @ pull).clamp_min(0).sqrt() - radius
             if low <= 0:
                 return uniform + pull
 
         def f(s: float) -> float:
-            value = (1 - s) * point(s)[1] - s * radius
-            return float(value / s if stationary else value)  # f(0) = 0 there, and the slope decides
+            return float((1 - s) * point(s)[1] - s * radius)
 
         x, norm = point(root(f, float(low), -float(radius)))
         return uniform + radius / norm * x

@@ -85,7 +85,10 @@ def min_norm(gram: Tensor) -> Tensor:
 
 
 def root(f: Callable[[float], float], low: float, high: float) -> float:
-    """A zero of f in [0, 1], given low = f(0) > 0 > high = f(1): secants, with the Illinois rule to keep both ends."""
+    """Where f changes sign in [0, 1]; ``low`` > 0 > ``high`` are f(0) and f(1), or stand for their signs.
+
+    Secants between two points of either sign, with the Illinois rule so that both move.
+    """
     a, b, side = 0.0, 1.0, 0
     for _ in range(100):
         s = (a * high - b * low) / (high - low)

@@ -4,15 +4,16 @@ https://arxiv.org/abs/2505.06303
 
     y = W x + b + (alpha / r) (g_1 U(x) + g_2 D_t(x)),    g = softmax(G x) over the two
     U = B_u A_u of rank r for all tasks,    D_t = B_t A_t of rank r / T for each task
-    loss -= mutual_information * mean over layers of the information that U and D_t give of each other
+    loss += mutual_information * mean over layers of InfoNCE(U, D_t)
 
 A universal expert beside one small expert for each task; every token decides how much of either it takes.
 
 Choose it if the tasks are known, share much, and new ones will join: `add_task` adds one small expert.
 
 Reconstruction: no code was released, and the formula of the information term was not found.
-- The term is InfoNCE, a lower bound: the mean outputs of U and D_t on one sample belong together, those of
-  other samples of the batch do not. The critic is their inner product / sqrt(O): its gradient stays finite where B is 0.
+- The term is InfoNCE, whose fall raises a lower bound of the information that U and D_t give of each other: the mean
+  outputs of both on one sample, before the gate, belong together, those of other samples of the batch do not. The
+  critic is their inner product / sqrt(O), which is finite where B is 0. One sample alone has no such loss.
 - ``task_rank`` is a field, so that a task can join later; the paper's value is r / T.
 - The paper's achievement-based weights of the losses are a combiner, `achievement`.
 """

@@ -12,8 +12,9 @@ first, and the i-th of one is paired with the i-th of the other.
 Choose it if samples, not tasks, differ, as instructions do.
 
 Deviations from the released code:
-- The routers are trained, by a straight-through factor of value 1 on each chosen pair. Theirs choose by index alone, no
-  gradient ever reaches them, and the choice is a fixed random hash: ``selection="released"`` is that, routers frozen.
+- The routers are trained, by a straight-through factor of value 1 on each pair, whose gradient is that of
+  softmax(G_a h)[alpha_i] p_b[beta_i]. Theirs choose by index alone, no gradient ever reaches them, and the choice is a
+  fixed random hash: ``selection="released"`` is that, routers frozen.
 - G_ab[i] a is a product of vectors (their einsum sums the two over their features apart).
 - The mean is over the prompt's tokens (theirs includes padding).
 """
@@ -25,9 +26,19 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..mixture import Experts, Mixture, MixtureLinear, Router, Site, for_samples, in_out_features, uniform, zeros
+from ..mixture import (
+    Experts,
+    Mixture,
+    MixtureLinear,
+    Router,
+    Site,
+    exact_linear,
+    for_samples,
+    in_out_features,
+    uniform,
+    zeros,
+)
 from .base import STRICT, Method
 
 
@@ -45,7 +56,7 @@ class PooledLogits(Router):
 
     def forward(self, x: Tensor, z: Tensor, site: Site) -> Tensor:
         pooled = site.pool_prompt(x)
-        return for_samples(F.linear(pooled, self.weight.to(pooled.dtype)), x)
+        return for_samples(exact_linear(pooled, self.weight), x)
 
     def active_parameters(self) -> int:
         return self.weight.numel() if self.weight.requires_grad else 0
@@ -57,10 +68,10 @@ class PooledLogits(Router):
 class Pools(Experts):
     """Two pools of vectors, of which r pairs are chosen."""
 
-    def __init__(self, base: nn.Module, num_experts: int, rank: int, weight: float) -> None:
+    def __init__(self, base: nn.Module, num_experts: int, rank: int, weight: float, trained: bool) -> None:
         super().__init__()
         in_features, out_features = in_out_features(base)
-        self.num_experts, self.rank, self.weight = num_experts, rank, weight
+        self.num_experts, self.rank, self.weight, self.trained = num_experts, rank, weight, trained
         self.lora_A = uniform(base, num_experts, in_features)
         self.lora_B = zeros(base, num_experts, out_features)
         self.follow = uniform(base, rank, num_experts, in_features)  # G_ab
@@ -80,10 +91,11 @@ class Pools(Experts):
         own = follows[torch.arange(self.rank, device=alpha.device), alpha]  # (..., r, E of B)
         p_b = second.softmax(-1) + self.weight * own.sum(-2).softmax(-1)
         beta = p_b.topk(self.rank, -1).indices
-        p = p_a.gather(-1, alpha) * p_b.gather(-1, beta)
-        through = (p - p.detach() + 1).to(z.dtype)  # value 1, gradient of p
         leading = (*z.shape[:-1], self.rank)
-        taken = z.gather(-1, alpha.expand(leading)) * through
+        taken = z.gather(-1, alpha.expand(leading))
+        if self.trained:
+            p = p_a.gather(-1, alpha) * p_b.gather(-1, beta)
+            taken = taken * (p - p.detach() + 1).to(z.dtype)  # value 1, gradient of p
         return torch.zeros_like(z).scatter(-1, beta.expand(leading), taken)
 
 
@@ -112,8 +124,9 @@ class ConditionalMixLoRA(Method):
         layers: dict[str, Mixture] = {}
         for name, base in sites.items():
             router = PooledLogits(base, self.num_experts)
-            experts = Pools(base, self.num_experts, self.rank, self.weight)
-            if self.selection == "released":
+            trained = self.selection == "straight_through"
+            experts = Pools(base, self.num_experts, self.rank, self.weight, trained)
+            if not trained:
                 router.requires_grad_(False)
                 experts.follow.requires_grad_(False)
             layers[name] = MixtureLinear(base, experts=experts, router=router, scale=self.alpha / self.rank)

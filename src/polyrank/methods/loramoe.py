@@ -3,15 +3,19 @@
 https://arxiv.org/abs/2312.09979
 
     y = W x + b + (alpha / r) sum_{i <= N} g_i B_i A_i x,    g = softmax(G x)
-    loss += balance * var(Z) / mean(Z)^2,    Z[i, n] = (1 + delta or 1 - delta) sum over the tokens of sample n of g_i
+    loss += balance * mean over layers of var(Z) / mean(Z)^2
+            Z[i, n] = (1 - delta if expert i and sample n are of one kind, else 1 + delta) * mean over n's tokens of g_i
 
 Every token asks all experts. The localized balance loss ties one half of the experts to the tasks of one kind (world
-knowledge) and the other half to the rest: 1 + delta where the kinds of expert and sample agree.
+knowledge) and the other half to the rest: at its minimum a sample's own half has (1 + delta) / 2 of the weight.
 
 Choose it if some tasks are there to keep what the model knows. The paper adapts the feed-forward layers alone.
 
 Deviations from the released code:
-- The balance loss is on (their script sets its coefficient to 0), over all layers and processes; padding is left out.
+- The balance loss is on (their script sets its coefficient to 0), the mean over layers, over all processes.
+- Their delta has the other sign, which at the minimum gives a sample's own half less weight, not more.
+- g_i is averaged over a sample's tokens, padding left out (theirs sums over all, so that lengths count as imbalance).
+  The variance is the population's (theirs divides by one less).
 - Dropout is 0 (theirs acts on x).
 """
 
@@ -47,15 +51,16 @@ class Localized(Gate):
         return num_experts
 
     def watch(self, logits: Tensor, weights: Tensor, site: Site) -> None:
+        if site.per_token:  # requests flattened into a row: no sample to speak of
+            return
         samples, mask = site.samples(weights), site.mask(weights)
         weights = weights.reshape(samples, -1, weights.shape[-1])  # (B, L, E)
-        if mask is not None:
-            weights = weights * mask.reshape(samples, -1, 1).to(weights)
-        z = weights.sum(1)  # (B, E)
+        counts = torch.ones_like(weights[..., :1]) if mask is None else mask.reshape(samples, -1, 1).to(weights)
+        z = (weights * counts).sum(1) / counts.sum(1).clamp_min(1)  # (B, E)
         if self.kinds is not None:
             kinds = self.kinds.to(z.device)[site.ids(weights).reshape(-1)]
-            agree = kinds.unsqueeze(1) == self.second.to(z.device)
-            z = z * (1 - self.delta + 2 * self.delta * agree)
+            agree = (kinds.unsqueeze(1) == self.second.to(z.device)).to(z.dtype)
+            z = z * (1 + self.delta - 2 * self.delta * agree)
         site.note("importance", torch.stack([torch.full_like(z, 1).sum(), z.sum(), z.square().sum()]))
 
 

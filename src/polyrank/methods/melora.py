@@ -11,7 +11,7 @@ Choose it instead of LoRA if the rank matters more than what each rank can see.
 
 Deviations from the released code:
 - Merging is right (theirs looks tensors up under the wrong keys and never uses what it merged).
-- Any leading dimensions (theirs slices three-dimensional inputs only).
+- Any leading dimensions (theirs slices three-dimensional inputs only). A starts as in their code, kaiming uniform.
 """
 
 from collections.abc import Mapping, Sequence

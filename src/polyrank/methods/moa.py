@@ -32,6 +32,7 @@ from ..mixture import (
     Site,
     TaskExperts,
     TaskTable,
+    exact_linear,
     for_samples,
     in_out_features,
     uniform,
@@ -57,13 +58,12 @@ class TaskGuess(Router):
         if self.training and site.per_token:  # requests flattened into rows have no prompts to pool
             return F.one_hot(site.ids(x), len(self.weight))
         pooled = site.pool_prompt(x)  # (B, I)
-        logits = F.linear(pooled, self.weight().to(pooled.dtype))
+        logits = exact_linear(pooled, self.weight())
         if not self.training:
             return F.one_hot(for_samples(logits, x).argmax(-1), len(self.weight))
         ids = site.ids(x)
         if site.listens:
             own = ids.reshape(-1)[:: max(1, ids.numel() // len(logits))]
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             site.note("router", F.cross_entropy(logits, own))
         return F.one_hot(ids, len(self.weight))
 

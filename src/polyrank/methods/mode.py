@@ -9,7 +9,8 @@ p ranks choose together: p = r is a shared-A mixture such as HydraLoRA, m = 1 is
 
 Choose it if a token mixture should be as fine-grained as its ranks.
 
-There is no released code. Choices where the paper is silent: the routers as nn.Linear's default.
+There is no released code. A starts as N(0, 0.01), read as the variance, B as zero, as in the paper; the routers as
+nn.Linear's default, because it is silent there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ class MoDE(Method):
         layers: dict[str, Mixture] = {}
         for name, base in sites.items():
             experts = SharedDownExperts(base, self.num_experts, self.rank, self.block)
-            nn.init.normal_(experts.lora_A, std=0.01)
+            nn.init.normal_(experts.lora_A, std=0.1)
             layers[name] = MixtureLinear(
                 base,
                 experts=experts,

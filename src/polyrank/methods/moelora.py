@@ -11,6 +11,7 @@ Choose it if the tasks are known and each has to leave as a plain model in the e
 Deviations from the released code:
 - One embedding for each task of the adapter (theirs: one more than there are, and means over several ids).
 - Expert weights broadcast by name, not by position (theirs assume sequence-first activations). Dropout is 0.
+- A starts as nn.Linear's default, as LoRA's does (the paper is said to have N(0, 0.01^2)).
 """
 
 from collections.abc import Mapping, Sequence

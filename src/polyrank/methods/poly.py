@@ -6,8 +6,8 @@ https://arxiv.org/abs/2202.13914 and https://arxiv.org/abs/2211.03831 (Caccia et
     g = p / sum p,    p ~ RelaxedBernoulli(w_t, temperature) in training, sigmoid(w_t) afterwards
 
 An inventory of skills; each task learns which of them it combines. Parameters are mixed, not outputs, so the B of every
-skill also works behind every other's A. With S splits, input and output are cut into S slices, each with its
-own choice.
+skill also works behind every other's A. With S splits, A reads and B writes in S slices, each with its own
+mixture, and the r ranks between them are common.
 
 Choose it if the tasks are known, share skills, and each has to leave as a plain model in the end.
 

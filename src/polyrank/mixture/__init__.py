@@ -49,6 +49,7 @@ from .routers import (
     TaskEmbedding as TaskEmbedding,
     TaskLogits as TaskLogits,
     TokenRouter as TokenRouter,
+    exact_linear as exact_linear,
     for_samples as for_samples,
 )
 from .start import (

@@ -156,6 +156,12 @@ class SampleRouter(Router):
         return 0
 
 
+def exact_linear(pooled: Tensor, weight: Tensor) -> Tensor:
+    """Logits (B, E) of pooled samples (B, I), not rounded by autocast: a hard choice follows, and it costs nothing."""
+    with torch.autocast(pooled.device.type, enabled=False):
+        return F.linear(pooled.to(weight.dtype), weight)
+
+
 def for_samples(values: Tensor, x: Tensor) -> Tensor:
     """values (B, E) of each sample, so that they broadcast over the tokens of x (..., I)."""
     if len(values) != x.shape[0]:  # windows, beams

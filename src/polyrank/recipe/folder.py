@@ -1,6 +1,6 @@
 """A run folder: what may stand in it, and that one run at a time writes there.
 
-RUN/recipe.yaml  metrics.jsonl  checkpoints/  adapter/  heads/  results.json     results.json comes last: "complete"
+RUN/recipe.yaml  bank/  metrics.jsonl  checkpoints/  adapter/  heads/  results.json     the last says: complete
 """
 
 import shutil
@@ -16,7 +16,8 @@ from polyrank.recipe.schema import Recipe
 from polyrank.training import HARMLESS, TRACKERS
 
 # "complete" goes first
-FILES = ("results.json", "recipe.yaml", "metrics.jsonl", CHECKPOINTS, "adapter", "heads", TRACKERS)
+BANK = "bank"  # what each task was trained with alone, for a method that mixes the results
+FILES = ("results.json", "recipe.yaml", "metrics.jsonl", CHECKPOINTS, BANK, "adapter", "heads", TRACKERS)
 LOCK = ".lock"
 
 
@@ -42,6 +43,11 @@ def check_folder(folder: Path, overwrite: bool, resume: bool) -> None:
         raise RecipeError(
             f"{folder} holds an unfinished run, saved at step {saved[-1][0]}: go on with --resume, choose another "
             "folder with --out, or replace it with --overwrite"
+        )
+    if (folder / BANK).exists():
+        raise RecipeError(
+            f"{folder} holds an unfinished run, whose tasks are being trained alone first: go on with --resume, choose "
+            "another folder with --out, or replace it with --overwrite"
         )
 
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
+from polyrank.combine import COMBINERS
 from polyrank.files import write_text
 from polyrank.methods import METHODS
 from polyrank.mixing import Mixing
@@ -160,6 +161,9 @@ def _known(keys: Sequence[str], content: Mapping[str, Any]) -> Iterable[str]:
             return Training.model_fields
         case ["training", "mixing"]:
             return Mixing.model_fields
+        case ["training", "combine"]:
+            given = content["training"]["combine"]
+            return signature(COMBINERS[given["name"] if isinstance(given, dict) else given]).parameters
         case ["tasks", _]:
             return TaskSource.model_fields
         case ["method"]:

@@ -17,18 +17,20 @@ import torch
 from rich.console import Console
 
 from polyrank.adapt import Adapter, adapt
-from polyrank.checkpoint import FOLDER as CHECKPOINTS, CheckpointError, checkpoints
+from polyrank.checkpoint import FOLDER as CHECKPOINTS, CheckpointError, Interrupted, checkpoints
 from polyrank.corpus import Batch
 from polyrank.evaluate import evaluate
 from polyrank.files import write_text
 from polyrank.history import History
+from polyrank.methods import Method
 from polyrank.models import HeadModel, MultiTaskModel, load_heads, save_heads
 from polyrank.probe import Features, Probe, probe, start_heads, trivial_score
-from polyrank.recipe.folder import check_folder, check_same, claimed, start_folder, sweep
+from polyrank.recipe.folder import BANK, check_folder, check_same, claimed, start_folder, sweep
 from polyrank.recipe.loading import build_model, load_backbone, load_tasks, speaks_language
 from polyrank.recipe.reading import RecipeError, read_recipe
 from polyrank.recipe.rehearsal import forward, rehearsal
 from polyrank.recipe.schema import Recipe
+from polyrank.saving import method_fields
 from polyrank.tasks import HeadTask
 from polyrank.train import split, train
 
@@ -147,6 +149,9 @@ def _run(recipe: Recipe, folder: Path, resume: bool, progress: bool, features: F
     if not resume:
         start_folder(recipe, folder)
     watch.lap("adapt")
+    if (first := adapter.method.bank()) is not None:
+        adapter.load_bank(train_bank(recipe, first, folder, progress, features))
+        watch.lap("bank")
     history = train(model, adapter, tasks, recipe.training, folder, progress, resume)
     watch.lap("training")
     watch.seconds["training"] = round(history.seconds, 1)  # of all its parts, where it was resumed
@@ -161,6 +166,29 @@ def _run(recipe: Recipe, folder: Path, resume: bool, progress: bool, features: F
     sweep(folder)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # a finished run needs none
     return Run(recipe, model, adapter, folder, results)
+
+
+def train_bank(
+    recipe: Recipe, method: Method, folder: Path, progress: bool, features: Features | None
+) -> dict[str, Path]:
+    """Train each task alone, in a run of its own in the folder; one that is finished is not run again.
+
+    Returns the adapters' folders by task.
+    """
+    found: dict[str, Path] = {}
+    for task in recipe.tasks:
+        place = folder / BANK / task.name
+        found[task.name] = place / "adapter"
+        if (place / "results.json").is_file():
+            continue
+        Console(stderr=True).print(f"{task.name} alone, for the bank", style="dim", highlight=False, markup=False)
+        training = recipe.training.model_copy(update={"task_weights": None, "combine": None, "trackers": []})
+        alone = {"method": method_fields(method), "tasks": [task], "training": training, "out": str(place)}
+        try:
+            run(recipe.model_copy(update=alone), resume=True, progress=progress, features=features)
+        except Interrupted as error:
+            raise Interrupted(error.signum, error.step, folder) from error
+    return found
 
 
 def measure_frozen(
