@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INPUTS := pyproject.toml constraints-dev.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test slow lint format docs build clean
+.PHONY: help setup quickstart test slow lint format cards docs build clean
 
 help: ## this list
 	@echo "Polyrank. The targets set up $(VENV) by themselves; start with 'make quickstart'."
@@ -53,6 +53,9 @@ lint: $(VENV)/.dev ## ruff (rules and format) and pyright
 format: $(VENV)/.dev ## let ruff mend what it can
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+cards: $(VENV)/.dev ## docs/methods/*.md, from the code
+	@$(BIN)/python -m polyrank.cards docs
 
 docs: $(VENV)/.dev ## the documentation, as pages in site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -1,6 +1,6 @@
 """The quick start's recipe with every method's name in it, and nothing else changed: does it run, and what comes out?
 
-    python benchmarks/quickstart_methods.py docs/results/methods.md --steps 80 --threads 1
+    python benchmarks/quickstart_methods.py docs/results/methods.md --steps 30 --threads 1
 
 One seed and few steps at one learning rate: this shows that every method trains from the same recipe. It ranks none.
 """
@@ -20,7 +20,7 @@ from polyrank.recipe import run
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="the Markdown table to write")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     given = parser.parse_args()

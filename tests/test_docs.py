@@ -21,7 +21,9 @@ import yaml
 
 import polyrank
 import tiny
+from polyrank.cards import pages
 from polyrank.cli import app
+from polyrank.combine import COMBINERS
 from polyrank.recipe.reading import check_recipe, parse_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -254,13 +256,35 @@ def section(text: str, heading: str) -> str:
     return re.split(r"^## ", text.split(f"\n## {heading}\n")[1], flags=re.MULTILINE)[0]
 
 
-def test_every_method_is_explained_with_its_fields():
-    text = PAGES["docs/methods.md"].read_text(encoding="utf-8")
+def test_every_method_has_a_card_that_says_what_the_code_is():
+    """The cards are written by `make cards`; their tables are read back here."""
+    for path, text in pages(ROOT / "docs").items():
+        assert path.read_text(encoding="utf-8") == text, f"{path} is not what the code says: run make cards"
+    assert {path.stem for path in (ROOT / "docs" / "methods").glob("*.md")} == set(polyrank.METHODS)
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for name, kind in polyrank.METHODS.items():
-        rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", section(text, name), re.MULTILINE)
+        text = PAGES[f"docs/methods/{name}.md"].read_text(encoding="utf-8")
+        rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \| (.*) \|$", text, re.MULTILINE)
         fields = {key: field.default for key, field in inspect.signature(kind).parameters.items()}
-        assert {key: yaml.safe_load(value) for key, value in rows} == fields, name
-        assert f"| [`{name}`](#{name}) | `{kind.__name__}` |" in text
+        assert {key: yaml.safe_load(value) for key, value, _ in rows} == plain(fields), name
+        assert all(meaning for *_, meaning in rows), f"{name}: a field without a meaning"
+        assert "```text\n" in text and "https://arxiv.org/abs/" in text and "Choose it" in text, name
+        assert f"methods/{name}.md" in nav, name
+
+
+def plain(fields: dict[str, object]) -> dict[str, object]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+
+
+def test_every_combiner_is_explained():
+    text = PAGES["docs/combining.md"].read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|.*\|.*\|.*\|$", text, re.MULTILINE)) == set(COMBINERS)
+    needs = {kind: set() for kind in ("nothing", "losses", "gradients")}
+    for name, kind in COMBINERS.items():
+        needs[kind.needs].add(name)
+    rows = dict(re.findall(r"^\| (nothing|its losses)[^|]* \| ([^|]*) \|", text, re.MULTILINE))
+    assert set(re.findall(r"`(\w+)`", rows["nothing"])) == needs["nothing"]
+    assert set(re.findall(r"`(\w+)`", rows["its losses"])) == needs["losses"]
 
 
 def test_the_interface_is_on_its_page():

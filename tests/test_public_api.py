@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import polyrank
+import polyrank.combine
 from polyrank.mixture import MixtureLinear
 
 
@@ -16,7 +17,15 @@ def test_public_names():
 
 
 def test_methods_by_name():
-    assert set(polyrank.METHODS) == {"lora", "moore", "moore_topk", "more", "ase"}
+    names = """lora rslora dora pissa milora moslora melora multilora more mtl_lora moelora poly moore moore_topk ase c_lorae
+    hydralora loramoe mola malora mode smora teamlora omoe conditional_mixlora moa"""
+    assert [*polyrank.METHODS] == names.split()
+
+
+def test_combiners_by_name():
+    names = """nash_mtl mgda pcgrad cagrad imtl_g aligned_mtl upgrad uniform uncertainty dwa rlw gls famo gradnorm
+    achievement"""
+    assert [*polyrank.combine.COMBINERS] == names.split()
 
 
 def test_the_arguments_of_the_adapted_layer():

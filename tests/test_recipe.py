@@ -52,7 +52,7 @@ def test_round_trip_is_exact_and_complete(tmp_path: Path):
         ({"training": {"stpes": 5}}, r"training\.stpes: unknown name; did you mean 'steps'\?"),
         ({"training": {"steps": "many"}}, r"training\.steps: .*integer, got 'many'"),
         ({"training": {"steps": 0}}, r"training\.steps: .*greater than or equal to 1, got 0"),
-        ({"method": {"name": "moer"}}, r"method: unknown method 'moer'; did you mean 'more'\? \(known: .*lora"),
+        ({"method": {"name": "mooer"}}, r"method: unknown method 'mooer'; did you mean 'moore'\? \(known: .*lora"),
         ({"method": {"name": "more", "rnak": 4}}, r"method\.rnak: unknown name; did you mean 'rank'\?"),
         ({"method": {"name": "more", "rank": "4x"}}, r"method\.rank: .*got '4x'"),
         ({"method": {}}, r"method: .*name"),

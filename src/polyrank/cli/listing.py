@@ -1,4 +1,4 @@
-"""What there is: schema, methods."""
+"""What there is: schema, methods, combiners."""
 
 import json
 import sys
@@ -26,16 +26,16 @@ def schema() -> None:
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="One method, with its whole header.")] = None) -> None:
-    """List the methods, their papers and their fields with defaults.
+def methods(name: Annotated[str | None, typer.Argument(help="One method, with its whole card.")] = None) -> None:
+    """List the methods; or one of them with its equation, its fields, its deviations and a recipe.
 
     [bold]polyrank methods moore[/]
     """
     with user_errors():
-        from inspect import signature
-
+        from rich.markdown import Markdown
         from rich.table import Table
 
+        from polyrank.cards import READS, card, is_reconstruction, merges, reads, title
         from polyrank.methods import METHODS
         from polyrank.recipe import RecipeError
         from polyrank.recipe.schema import nearest
@@ -43,9 +43,40 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method, with it
         if name is not None and name not in METHODS:
             raise RecipeError(f"unknown method {name!r}{nearest(name, METHODS)}")
         if name is not None:
-            typer.echo((sys.modules[METHODS[name].__module__].__doc__ or "").strip() + "\n")
-        table = Table("method", "paper", "fields and defaults", show_lines=True)
-        for key, kind in METHODS.items() if name is None else [(name, METHODS[name])]:
-            title = (sys.modules[kind.__module__].__doc__ or key).strip().splitlines()[0]
-            table.add_row(key, title, "\n".join(str(field) for field in signature(kind).parameters.values()))
+            Console().print(Markdown(card(name)))
+            return
+        table = Table("method", "paper", "who is asked", "merges", show_lines=True)
+        for key, kind in METHODS.items():
+            mark = " (reconstruction)" if is_reconstruction(kind) else ""
+            table.add_row(key, title(kind) + mark, READS[reads(kind)].partition(":")[0], merges(kind))
+        Console().print(table, markup=False)
+        typer.echo("polyrank methods NAME has the equation, the fields and the deviations of one")
+
+
+@app.command()
+def combiners(name: Annotated[str | None, typer.Argument(help="One combiner, with its whole header.")] = None) -> None:
+    """List how tasks can be combined, for `training.combine` of a recipe; or one with its rule and its settings.
+
+    [bold]polyrank combiners nash_mtl[/]
+
+    [bold]polyrank train recipe.yaml --set training.combine=nash_mtl[/]
+    """
+    with user_errors():
+        from inspect import signature
+
+        from rich.table import Table
+
+        from polyrank.combine import COMBINERS
+        from polyrank.recipe import RecipeError
+        from polyrank.recipe.schema import nearest
+
+        if name is not None and name not in COMBINERS:
+            raise RecipeError(f"unknown combiner {name!r}{nearest(name, COMBINERS)}")
+        if name is not None:
+            typer.echo((sys.modules[COMBINERS[name].__module__].__doc__ or "").strip() + "\n")
+        table = Table("combiner", "paper", "needs", "settings and defaults", show_lines=True)
+        for key, kind in COMBINERS.items() if name is None else [(name, COMBINERS[name])]:
+            head = " ".join((sys.modules[kind.__module__].__doc__ or key).split("\n\n")[0].split())
+            settings = "\n".join(str(setting) for setting in signature(kind).parameters.values())
+            table.add_row(key, head.partition(" https")[0], kind.needs, settings)
         Console().print(table, markup=False)

@@ -9,8 +9,9 @@ A LoRA mixture in every layer whose number of experts depends on the depth: few 
 
 Choose it if a token mixture is wanted and its weights should stand where inputs differ most.
 
-Deviations from the released code (that in MoE-PEFT, which has one number of experts for all layers):
-- The number by depth is the paper's; layers are cut into equal groups in the model's order.
+Reconstruction: the code that was read is another group's (MoE-PEFT), with one number of experts for all layers.
+- The number by depth is the paper's idea, the default numbers and sizes are choices; the adapted layers are cut into
+  equal groups in the model's order.
 - The balance loss is on by default (theirs is off), summed over processes, and is 1 at balance (theirs k).
 """
 

@@ -1,14 +1,17 @@
-"""MoORE: SVD-based Model MoE-ization for Conflict- and Oblivion-Resistant Multi-Task Adaptation.
+"""MoORE: SVD-based Model MoE-ization for Conflict- and Oblivion-Resistant Multi-Task Adaptation (NeurIPS 2025).
 
-Yuan et al., NeurIPS 2025.
+Yuan et al. https://arxiv.org/abs/2506.14436
 
-https://arxiv.org/abs/2506.14436        W = U diag(sigma) V',  thin SVD;  the experts are the rank-one u_d v_d'
+    W = U diag(sigma) V',  thin SVD;  the experts are the rank-one u_d v_d'
 
     MoORE       y = U (g * V'P'x) + b,                      g = relu(sigma + Q e_t + G_up G x)
     MoORETopK   y = W P'x + b + U_k (delta * V_k'P'x),      delta = relu(sigma_k + Q e_t + G_up G x) - sigma_k
 
 P is a product of L Householder reflections. The router reads x, not P'x. MoORE stands for W; MoORETopK keeps W and
 routes the k largest directions: equal to MoORE whose other logits are zero, and P with delta at 0 is the base exactly.
+
+Choose it if the change must stay in the range of W (the paper's second promise), and the adapter may stay in the model
+or ``router="task"`` is enough. Choose MoORETopK if MoORE trains or computes too much, or a task has to leave as a LoRA.
 
 Deviations from the released code, with the reason:
 - P in compact WY form and folded into V; same product, fewer passes. The base's bias is kept (theirs is dropped).

@@ -3,7 +3,7 @@
 Zhao et al. https://arxiv.org/abs/2501.15103
 
     y = W x + b + (alpha / k) B (g * A x),    g = k p_i / sum_{top-k} p for the k best of p_i + beta_i, else 0
-    p = sigmoid(G x) (the released code), or softmax over the chosen of G x (the paper)
+    p = sigmoid(G x) (the released code), or softmax over the chosen of G x (as the paper is said to have it)
     after each step    beta_i += rate * sign(mean count - count_i)
 
 Every rank is an expert of one LoRA. A bias that no gradient trains is added where experts are chosen, so that their

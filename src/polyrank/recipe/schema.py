@@ -1,12 +1,13 @@
 """What a recipe says, as frozen models: an unknown name or a wrong type is an error, and every default is filled in."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
+from polyrank.combine import COMBINERS
 from polyrank.data import Columns
 from polyrank.methods import METHODS, Method
 from polyrank.tasks import KINDS, check_names
@@ -160,18 +161,25 @@ class Recipe(_Part):
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe file, each method's own fields included."""
+    """The JSON schema of a recipe file, the fields of each method and combiner included."""
     schema = Recipe.model_json_schema()
-    choices: list[dict[str, Any]] = []
-    for name, kind in METHODS.items():
-        own = TypeAdapter(kind).json_schema()
-        schema["$defs"] |= own.pop("$defs", {})
-        own["properties"] = {"name": {"const": name}, **own["properties"]}
-        choices.append({**own, "required": ["name"], "additionalProperties": False})
-    schema["properties"]["method"] |= {"oneOf": choices}
+    schema["properties"]["method"] |= {"oneOf": _choices(METHODS, schema["$defs"])}
     schema["properties"]["method"].pop("additionalProperties", None)
+    combine = schema["$defs"]["Training"]["properties"]["combine"]
+    combine["anyOf"] = [{"type": "null"}, {"enum": [*COMBINERS]}, {"oneOf": _choices(COMBINERS, schema["$defs"])}]
     schema["properties"]["tasks"]["items"] = {"anyOf": [{"type": "string"}, schema["properties"]["tasks"]["items"]]}
     return schema
+
+
+def _choices(kinds: Mapping[str, type], definitions: dict[str, Any]) -> list[dict[str, Any]]:
+    """A name, and the fields that belong to it."""
+    choices: list[dict[str, Any]] = []
+    for name, kind in kinds.items():
+        own = TypeAdapter(kind).json_schema()
+        definitions |= own.pop("$defs", {})
+        own["properties"] = {"name": {"const": name}, **own.get("properties", {})}
+        choices.append({**own, "required": ["name", *own.get("required", ())], "additionalProperties": False})
+    return choices
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
