@@ -17,7 +17,6 @@ import pytest
 import torch
 import transformers
 import typer
-import yaml
 
 import polyrank
 import tiny
@@ -266,7 +265,7 @@ def test_every_method_has_a_card_that_says_what_the_code_is():
         text = PAGES[f"docs/methods/{name}.md"].read_text(encoding="utf-8")
         rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \| (.*) \|$", text, re.MULTILINE)
         fields = {key: field.default for key, field in inspect.signature(kind).parameters.items()}
-        assert {key: yaml.safe_load(value) for key, value, _ in rows} == plain(fields), name
+        assert {key: parse_yaml(value, name) for key, value, _ in rows} == plain(fields), name
         assert all(meaning for *_, meaning in rows), f"{name}: a field without a meaning"
         assert "```text\n" in text and "https://arxiv.org/abs/" in text and "Choose it" in text, name
         assert f"methods/{name}.md" in nav, name

@@ -6,8 +6,8 @@ https://arxiv.org/abs/2510.00570
     g = softmax over K and all shared ones, jointly;    y = W x + b + (alpha / r) sum_{e in K, shared} g_e B_e A_e x
     loss += 0.005 * sum over layers of -I(task; expert)     (Mod-Squad: experts should tell the tasks apart)
 
-Adaptive shared experts beside sparse ones: every token of a task works with all shared experts and with the k best of the
-others. Choose it if tokens of one task need different experts, and the adapter may stay in the model: it never merges.
+Adaptive shared experts beside sparse ones: every token of a task works with all shared experts and the k best others.
+Choose it if tokens of one task need different experts, and the adapter may stay in the model: it never merges.
 
 (N / k / S / r) counts N with the shared experts and k without them: 16/3/1/4 has 4 active. The paper's text also says
 TopK(z, k - S); its table and ablations count as here. There is no released code.

@@ -37,8 +37,7 @@ class LossFreeTopK(Gate):
         super().__init__()
         self.k, self.total, self.activation, self.value = k, total, activation, value
         self.beta = nn.Parameter(torch.zeros(num_experts, **place(base)), requires_grad=False)  # saved, not trained
-        self.counts: Tensor
-        self.register_buffer("counts", torch.zeros_like(self.beta), persistent=False)
+        self.counts = torch.zeros_like(self.beta)  # of this step: no part of the adapter
 
     def forward(self, logits: Tensor) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -53,13 +52,14 @@ class LossFreeTopK(Gate):
         if site.replays:
             return
         chosen, mask = (weights != 0).flatten(0, -2).to(self.counts.dtype), site.mask(weights)
-        self.counts += (chosen if mask is None else chosen * mask.reshape(-1, 1).to(chosen)).sum(0)
+        here = (chosen if mask is None else chosen * mask.reshape(-1, 1).to(chosen)).sum(0)
+        self.counts = self.counts.to(here.device) + here
 
     @torch.no_grad()
     def balance(self, rate: float) -> None:
-        counts = global_sum(self.counts)
+        counts = global_sum(self.counts.to(self.beta.device))
         self.beta += rate * (counts.mean() - counts).sign()
-        self.counts.zero_()
+        self.counts = torch.zeros_like(self.beta)
 
     def num_active(self, num_experts: int) -> int:
         return self.k

@@ -48,6 +48,7 @@ class Plan:
     weights_bytes: int  # base, adapter and heads, with gradients and AdamW's two moments where they are trained
     peak_bytes: int  # measured: of the accelerator, or of this process
     step_seconds: float
+    bank: int  # tasks that are trained alone first, for as many steps each
 
     @property
     def training_seconds(self) -> float:
@@ -90,6 +91,7 @@ def plan(recipe: Recipe) -> Plan:
         weights,
         peak_bytes(),
         median(after - before for before, after in itertools.pairwise(clock)),
+        0 if adapter.method.bank() is None else len(tasks),
     )
 
 
@@ -118,6 +120,7 @@ def lines(found: Plan, shown: int = 4) -> Sequence[str]:
             f"{task.tokens:.0f} tokens on average{labels}{gap}{cut}"
         )
     minutes = found.training_seconds / 60
+    bank = [f"before that           {found.bank} runs of as many steps, one for each task alone"] if found.bank else []
     return [
         *out,
         *(f"note: {notice}" for notice in found.notices),
@@ -127,6 +130,7 @@ def lines(found: Plan, shown: int = 4) -> Sequence[str]:
         f"{_size(found.peak_bytes)}",
         f"training              {found.step_seconds:.2f} s a step here, about {minutes:.1f} min; the frozen "
         "model's pass and the scoring come on top",
+        *bank,
         "nothing was written",
     ]
 
