@@ -21,8 +21,10 @@ from polyrank.evaluate import evaluate
 from polyrank.mixing import Proportional
 from polyrank.step import backward, micro_batches, sum_gradients
 from polyrank.tasks import Classification, Examples
-from polyrank.train import Diverged, split, train
+from polyrank.train import Diverged, combine as build_combination, split, train
 from polyrank.training import Training
+
+COMBINED = ("nash_mtl", "gls", "pcgrad")  # gradients, losses, and noise
 
 
 def ready(tasks: list[Classification], method=LoRA(rank=2)):  # noqa: B008
@@ -32,7 +34,10 @@ def ready(tasks: list[Classification], method=LoRA(rank=2)):  # noqa: B008
 
 
 def gradients(
-    accumulation: int, accelerator: Accelerator, weights: dict[str, float] | None = None
+    accumulation: int,
+    accelerator: Accelerator,
+    weights: dict[str, float] | None = None,
+    combine: str | None = None,
 ) -> tuple[float, Tensor]:
     """Loss and fp64 gradient of step 3, split as told; some labels are missing."""
     tasks = [
@@ -44,10 +49,11 @@ def gradients(
     torch.manual_seed(1)
     for p in adapter.parameters():
         p.data.normal_(std=0.3)
-    training = Training(batch_size=32, accumulation=accumulation, task_weights=weights)
+    settings = {"batch_size": 32, "accumulation": accumulation, "task_weights": weights, "combine": combine}
+    training = Training.model_validate(settings)
     corpus = Corpus.of(tasks, {t.name: t.train for t in tasks}, model.reader)
     batches = micro_batches(Proportional(corpus.lengths, 32, 0), corpus, 3, accumulation, accelerator)
-    loss, _ = backward(model, adapter, batches, training, accelerator)
+    loss, _ = backward(model, adapter, batches, training, accelerator, build_combination(training, model, adapter), 3)
     parameters = [*adapter.parameters(), *model.heads.parameters()]
     sum_gradients(parameters, accelerator)
     return loss, torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
@@ -69,12 +75,19 @@ def _process(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     loss, gradient = gradients(2, accelerator)
+    combined = {name: gradients(2, accelerator, combine=name)[1] for name in COMBINED}
     tasks = tiny.tasks()
     model, adapter = ready(tasks)
     history = train(model, adapter, tasks, Training(steps=3, batch_size=8, eval_every=2), progress=False)
     trained = torch.cat([p.detach().reshape(-1) for p in [*adapter.parameters(), *model.heads.parameters()]])
     torch.save(
-        {"loss": loss, "gradient": gradient, "trained": trained, "losses": [s["loss"] for s in history.steps]},
+        {
+            "loss": loss,
+            "gradient": gradient,
+            "combined": combined,
+            "trained": trained,
+            "losses": [s["loss"] for s in history.steps],
+        },
         Path(folder) / f"{rank}.pt",
     )
     torch.distributed.destroy_process_group()
@@ -95,6 +108,9 @@ def test_two_processes_equal_one(tmp_path: Path):
     loss, gradient = gradients(1, Accelerator(cpu=True))
     assert first["loss"] == pytest.approx(loss, rel=1e-12)
     torch.testing.assert_close(first["gradient"], gradient, rtol=1e-10, atol=1e-13)
+    for name in COMBINED:
+        whole = gradients(1, Accelerator(cpu=True), combine=name)[1]
+        torch.testing.assert_close(first["combined"][name], whole, rtol=1e-9, atol=1e-12)
     assert torch.equal(first["trained"], second["trained"])
     tasks = tiny.tasks()
     model, adapter = ready(tasks)
