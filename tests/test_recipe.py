@@ -59,6 +59,16 @@ def test_round_trip_is_exact_and_complete(tmp_path: Path):
         ({"tasks": []}, r"tasks: .*at least 1"),
         ({"tasks": ["r8", "r8"]}, "clash"),
         ({"training": {"task_weights": {"r8": 1.0}}}, r"task_weights names \['r8'\], the tasks are \['mood', 'r8'\]"),
+        ({"training": {"combine": "nash"}}, r"training\.combine: unknown combiner 'nash'; did you mean 'nash_mtl'\?"),
+        (
+            {"training": {"combine": {"name": "dwa", "windo": 3}}},
+            r"combine\.windo: unknown name; did you mean 'window'\?",
+        ),
+        ({"training": {"combine": "achievement"}}, r"training\.combine\.potential: is missing"),
+        (
+            {"training": {"combine": {"name": "achievement", "potential": {"r8": 0.9}}}},
+            r"potential names \['r8'\], the tasks are \['mood', 'r8'\]",
+        ),
         ({"tasks": ["a/b"]}, "task name 'a/b'"),
         ({"tasks": [{"name": "x"}]}, r"tasks\.0: give one of 'data'"),
         ({"tasks": [{"name": "x", "test": "a.csv"}]}, "with the split 'train'"),

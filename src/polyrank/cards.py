@@ -26,8 +26,8 @@ READS = {
 TABLE = "<!-- written by `make cards` -->\n"
 
 
-def header(kind: type[Method]) -> str:
-    """The docstring of the method's file."""
+def header(kind: type) -> str:
+    """The docstring of the file that a method or a combiner stands in."""
     return (sys.modules[kind.__module__].__doc__ or "").strip()
 
 
@@ -63,11 +63,11 @@ def size(kind: type[Method]) -> str:
     return f"`{kind.SIZE}` in a layer{once}"
 
 
-def explained(kind: type[Method]) -> dict[str, tuple[str, str]]:
+def explained(kind: type) -> dict[str, tuple[str, str]]:
     """Default and meaning of each field, by name."""
     known = TypeAdapter(kind).json_schema()["properties"]
     found: dict[str, tuple[str, str]] = {}
-    for field in fields(kind):  # type: ignore[arg-type]
+    for field in fields(kind):
         default = "" if field.default is MISSING else as_yaml(field.default)
         found[field.name] = default, " ".join(known[field.name].get("description", "").split())
     return found

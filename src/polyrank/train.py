@@ -168,11 +168,12 @@ def build_optimizer(
 def combine(training: Training, model: MultiTaskModel, adapter: Trainable) -> Combination | None:
     """
     Raises:
-        ValueError: a combiner of gradients for an adapter without a weight that tasks share.
+        ValueError: settings that do not fit the tasks; a combiner of gradients for an adapter without a shared weight.
     """
     combiner = training.combiner()
     if combiner is None:
         return None
+    combiner.check([task.name for task in model.tasks])
     if combiner.needs == "gradients" and not any(True for _ in adapter.shared_parameters()):
         raise ValueError(
             f"{combiner} weighs the gradients of weights that tasks share, and every weight of this adapter belongs to "

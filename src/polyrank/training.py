@@ -1,5 +1,6 @@
 """How to train: the settings of a run, each checked and with its default."""
 
+import difflib
 import math
 from dataclasses import asdict
 from typing import Any, Literal
@@ -70,7 +71,9 @@ class Training(BaseModel):
         fields = {"name": given} if isinstance(given, str) else given
         name = fields.get("name") if isinstance(fields, dict) else None
         if not isinstance(fields, dict) or name not in COMBINERS:
-            raise ValueError(f"unknown combiner {name!r} (known: {', '.join(sorted(COMBINERS))})")
+            close = difflib.get_close_matches(str(name), COMBINERS, 1, 0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown combiner {name!r}{hint} (known: {', '.join(sorted(COMBINERS))})")
         settings = {key: value for key, value in fields.items() if key != "name"}
         resolved: Any = TypeAdapter(COMBINERS[name]).validate_python(settings)
         return {"name": name, **asdict(resolved)}

@@ -254,8 +254,10 @@ def test_achievement_beyond_the_potential():
 
 
 def test_achievement_names_the_task_without_a_potential():
-    with pytest.raises(ValueError, match=r"\['b'\].*potential"):
-        Achievement(potential={"a": 0.8}).weights(step_of(losses=vector(1, 1)), {})
+    for potential in ({"a": 0.8}, {"a": 0.8, "b": 0.5, "c": 0.5}):
+        with pytest.raises(ValueError, match=r"potential names .* the tasks are \['a', 'b'\]"):
+            Achievement(potential=potential).check(["a", "b"])
+    Achievement(potential={"b": 0.8, "a": 0.5}).check(["a", "b"])
 
 
 def test_a_task_that_was_not_live_goes_on_where_it_stood():

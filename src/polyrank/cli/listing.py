@@ -1,7 +1,6 @@
 """What there is: schema, methods, combiners."""
 
 import json
-import sys
 from typing import Annotated
 
 import typer
@@ -62,10 +61,9 @@ def combiners(name: Annotated[str | None, typer.Argument(help="One combiner, wit
     [bold]polyrank train recipe.yaml --set training.combine=nash_mtl[/]
     """
     with user_errors():
-        from inspect import signature
-
         from rich.table import Table
 
+        from polyrank.cards import explained, header
         from polyrank.combine import COMBINERS
         from polyrank.recipe import RecipeError
         from polyrank.recipe.schema import nearest
@@ -73,10 +71,15 @@ def combiners(name: Annotated[str | None, typer.Argument(help="One combiner, wit
         if name is not None and name not in COMBINERS:
             raise RecipeError(f"unknown combiner {name!r}{nearest(name, COMBINERS)}")
         if name is not None:
-            typer.echo((sys.modules[COMBINERS[name].__module__].__doc__ or "").strip() + "\n")
-        table = Table("combiner", "paper", "needs", "settings and defaults", show_lines=True)
-        for key, kind in COMBINERS.items() if name is None else [(name, COMBINERS[name])]:
-            head = " ".join((sys.modules[kind.__module__].__doc__ or key).split("\n\n")[0].split())
-            settings = "\n".join(str(setting) for setting in signature(kind).parameters.values())
-            table.add_row(key, head.partition(" https")[0], kind.needs, settings)
+            typer.echo(header(COMBINERS[name]) + "\n")
+            table = Table("setting", "default", "meaning")
+            for key, (default, meaning) in explained(COMBINERS[name]).items():
+                table.add_row(key, default or "(needed)", meaning)
+            if table.rows:
+                Console().print(table, markup=False)
+            return
+        table = Table("combiner", "paper", "needs of a step", "settings", show_lines=True)
+        for key, kind in COMBINERS.items():
+            paper = " ".join(header(kind).split("\n\n")[0].split()).partition(" https")[0]
+            table.add_row(key, paper, kind.needs, ", ".join(explained(kind)))
         Console().print(table, markup=False)

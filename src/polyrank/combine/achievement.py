@@ -16,7 +16,7 @@ task not scored yet counts as 0 achieved; if all have achieved everything they c
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
@@ -28,16 +28,29 @@ from .base import STRICT, Combiner, State, Step
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Achievement(Combiner):
-    potential: dict[str, PositiveFloat]  # the single-task score of each task
+    potential: dict[str, PositiveFloat]
+    """P_t: the score that each task reaches alone, by the task's metric, such as {r8: 0.94, movies: 0.81}"""
     gamma: PositiveFloat = 2.0
+    """how steeply the weight falls as the score nears P_t"""
     margin: NonNegativeFloat = 0.05
+    """how far beyond P_t a task may aim"""
     momentum: PositiveFloat = 0.1
+    """the share of the newest score in the running one"""
 
     needs = "nothing"
 
+    def check(self, tasks: Sequence[str]) -> None:
+        """
+        Raises:
+            ValueError: the potential names other tasks.
+        """
+        if set(self.potential) != set(tasks):
+            raise ValueError(
+                f"potential names {sorted(self.potential)}, the tasks are {sorted(tasks)}: train each task alone, and "
+                "give the score that it reaches"
+            )
+
     def weights(self, step: Step, state: State) -> Tensor:
-        if unknown := [task for task in step.tasks if task not in self.potential]:
-            raise ValueError(f"no single-task score for {unknown}: train each alone and add it to potential")
         nothing = torch.zeros((), dtype=torch.float64)
         achieved = torch.stack([state.get(task, nothing) for task in step.tasks])
         potential = torch.tensor([self.potential[task] for task in step.tasks], dtype=torch.float64)

@@ -6,7 +6,7 @@ task t's mean loss over the whole accumulated step of all processes. What a comb
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from typing import ClassVar, Literal, final
@@ -15,7 +15,8 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-STRICT = ConfigDict(extra="forbid")  # an unknown setting is an error, not a default
+# an unknown setting is an error, not a default; a string below a setting says what it is
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 State = dict[str, Tensor]  # starts empty; fp64, one entry per thing remembered, each saved with the checkpoint
 
 
@@ -40,6 +41,13 @@ class Combiner(ABC):
 
     needs: ClassVar[Literal["nothing", "losses", "gradients"]]  # of this step, beside its State
     looks_again: ClassVar[bool] = False  # whether ``after`` needs the losses of the same examples after the step
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """
+        Raises:
+            ValueError: the settings do not fit these tasks.
+        """
+        return
 
     @abstractmethod
     def weights(self, step: Step, state: State) -> Tensor:

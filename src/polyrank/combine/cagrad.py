@@ -28,7 +28,8 @@ from .solvers import EPS, gram_of, min_norm, nonnegative, root
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CAGrad(PerTask):
-    c: Annotated[float, Field(ge=0, lt=1)] = 0.4  # 1 would let d be 0
+    c: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    """how far the update may leave the mean gradient, in its length; 1 would let it be 0"""
 
     needs = "gradients"
 

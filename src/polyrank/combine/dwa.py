@@ -21,8 +21,10 @@ from .base import STRICT, PerTask, State, Step
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DWA(PerTask):
-    window: PositiveInt = 25  # steps
+    window: PositiveInt = 25
+    """steps over which a task's loss is averaged"""
     temperature: PositiveFloat = 2.0
+    """of the softmax over the ratios; higher is more even"""
 
     needs = "nothing"
     memory: ClassVar = {"sum": 0.0, "steps": 0.0, "last": 0.0, "before": 0.0}

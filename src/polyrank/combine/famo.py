@@ -23,7 +23,9 @@ SMALLEST = 1e-8
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class FAMO(PerTask):
     lr: PositiveFloat = 0.025
+    """Adam's rate for xi"""
     weight_decay: NonNegativeFloat = 1e-3
+    """of xi, towards even weights"""
 
     needs, looks_again = "losses", True
     memory = adam_memory("xi", 0.0)

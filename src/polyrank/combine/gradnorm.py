@@ -27,7 +27,9 @@ SMALLEST_LOSS, SMALLEST_WEIGHT = 1e-8, 1e-3
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class GradNorm(PerTask):
     alpha: NonNegativeFloat = 1.5
+    """how strongly a task that trains slowly is favoured; 0 makes all gradients equally long"""
     lr: PositiveFloat = 0.025
+    """Adam's rate for the weights"""
 
     needs = "gradients"
     memory = adam_memory("weights", 1.0) | {"first_loss": 0.0}  # 0: none yet

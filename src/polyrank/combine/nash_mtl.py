@@ -46,8 +46,10 @@ def bargain(m: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class NashMTL(PerTask):
-    update_every: PositiveInt = 1  # steps; the released code's larger runs reuse weights to save time
+    update_every: PositiveInt = 1
+    """steps between two bargains; the weights stay in between"""
     tolerance: PositiveFloat = 1e-6
+    """the largest |a_t (M a)_t - 1| that counts as solved; otherwise the weights stay"""
 
     needs = "gradients"
     memory: ClassVar = {"weights": 0.0}  # 0: none yet

@@ -22,6 +22,7 @@ from .solvers import adam, adam_memory
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Uncertainty(PerTask):
     lr: PositiveFloat = 1e-3
+    """Adam's rate for the log-variances"""
 
     needs = "nothing"
     memory = adam_memory("s", 0.0)

@@ -152,6 +152,8 @@ class Recipe(_Part):
             raise ValueError(
                 f"training.task_weights names {sorted(given)}, the tasks are {sorted(names)}: name each once"
             )
+        if (combiner := self.training.combiner()) is not None:
+            combiner.check([task.name for task in self.tasks])
         return self
 
     def build_method(self) -> Method:
