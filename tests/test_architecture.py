@@ -191,3 +191,26 @@ def test_the_rules_pass_good_code():
     source = "x = getattr(a, name)\ntry:\n    f()\nexcept (ValueError, OSError):\n    pass\n"
     source += "try:\n    f()\nexcept BaseException:\n    undo()\n    raise"
     assert not list(house_faults(ast.parse(source)))
+
+
+def lines_of_code(text: str) -> int:
+    """Lines that are neither blank, nor a comment, nor a string that stands alone."""
+    strings = {
+        line
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    return sum(
+        bool(line.strip()) and not line.strip().startswith("#") and number not in strings
+        for number, line in enumerate(text.splitlines(), start=1)
+    )
+
+
+def test_a_paper_is_a_short_file():
+    """The median of the method files, headers aside, is 60 lines or less."""
+    files = [path for path in (SRC / "methods").glob("*.py") if path.stem not in ("__init__", "base")]
+    sizes = sorted(lines_of_code(path.read_text(encoding="utf-8")) for path in files)
+    assert len(sizes) > 20
+    assert sizes[len(sizes) // 2] <= 60, sizes
+    assert lines_of_code('"""Two\nlines."""\n\n# one\nx = 1  # two\n') == 1

@@ -1,5 +1,6 @@
-"""A combiner at work: what it is asked in a step, and what its weights make of the gradients."""
+"""How the losses of a step become gradients, and a combiner at work: what it is asked, and what it makes of them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,43 +51,94 @@ class Combination:
         return found
 
 
-class Apart:
-    """The gradients of each task on the shared weights, kept apart over a step's micro-batches."""
+class Pass(ABC):
+    """How the losses of a step's micro-batches become gradients. counts: N_t (T,) of the whole step, all processes."""
 
-    def __init__(self, shared: Sequence[nn.Parameter], others: Sequence[nn.Parameter], num_tasks: int) -> None:
-        """others: weights that are one task's own: they get the gradient of the mean of the live tasks' losses."""
+    @abstractmethod
+    def add(self, sums: Tensor, auxiliary: Tensor, present: Sequence[int]) -> None:
+        """S_t (T,) of one micro-batch with its graph, a method's own losses, and the tasks that have labels in it."""
+
+    @abstractmethod
+    def finish(self, means: Tensor) -> Tensor:
+        """After the last micro-batch, with L_t (T,) of the whole step: what S_t counts for in its loss, (T,)."""
+
+
+class Known(Pass):
+    """What each task counts for is known before the first forward: one backward pass for a micro-batch."""
+
+    def __init__(self, factors: Tensor) -> None:
+        self.factors = factors  # (T,)
+
+    def add(self, sums: Tensor, auxiliary: Tensor, present: Sequence[int]) -> None:
+        ((sums * self.factors).sum() + auxiliary).backward()
+
+    def finish(self, means: Tensor) -> Tensor:
+        return self.factors
+
+
+class AfterForward(Pass):
+    """A step of one micro-batch, whose own forward tells the losses that a combiner needs."""
+
+    def __init__(self, combination: Combination, number: int, counts: Tensor) -> None:
+        self.combination, self.number, self.counts = combination, number, counts
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, sums: Tensor, auxiliary: Tensor, present: Sequence[int]) -> None:
+        self.waiting.append((sums, auxiliary))
+
+    def finish(self, means: Tensor) -> Tensor:
+        ((sums, auxiliary),) = self.waiting
+        weights = self.combination.ask(self.number, self.counts > 0, means)
+        factors = weights.to(means) / self.counts.clamp(min=1)
+        ((sums * factors).sum() + auxiliary).backward()
+        return factors
+
+
+class Apart(Pass):
+    """The gradients of each task on the shared weights, kept apart; a combiner weighs them at the end of the step.
+
+    Weights that are one task's own get the gradient of the mean of the live tasks' losses, and all of them that of the
+    auxiliary losses, which are of no task.
+    """
+
+    def __init__(
+        self,
+        combination: Combination,
+        number: int,
+        counts: Tensor,
+        shared: Sequence[nn.Parameter],
+        others: Sequence[nn.Parameter],
+        accelerator: Accelerator,
+    ) -> None:
+        self.combination, self.number, self.counts, self.accelerator = combination, number, counts, accelerator
         self.shared, self.others = list(shared), list(others)
-        self.stacks = [p.new_zeros(num_tasks, *p.shape) for p in shared]  # (T, ...)
+        self.stacks = [p.new_zeros(len(counts), *p.shape) for p in shared]  # (T, ...)
 
-    def add(self, task: int, loss: Tensor, share: float) -> None:
-        grads = torch.autograd.grad(loss, [*self.shared, *self.others], retain_graph=True, allow_unused=True)
-        for stack, grad in zip(self.stacks, grads, strict=False):
-            if grad is not None:
-                stack[task] += grad
-        _accumulate(self.others, [None if g is None else g * share for g in grads[len(self.shared) :]])
+    def add(self, sums: Tensor, auxiliary: Tensor, present: Sequence[int]) -> None:
+        every = [*self.shared, *self.others]
+        for task in present:
+            loss = sums[task] / self.counts[task]
+            grads = torch.autograd.grad(loss, every, retain_graph=True, allow_unused=True)
+            for stack, grad in zip(self.stacks, grads, strict=False):
+                if grad is not None:
+                    stack[task] += grad
+            share = 1 / int((self.counts > 0).sum())
+            _accumulate(self.others, [None if g is None else g * share for g in grads[len(self.shared) :]])
+        if auxiliary.requires_grad:
+            _accumulate(every, torch.autograd.grad(auxiliary, every, allow_unused=True))
 
-    def add_auxiliary(self, loss: Tensor) -> None:
-        """A loss of the method, of no task: its gradient is added as it is."""
-        if loss.requires_grad:
-            every = [*self.shared, *self.others]
-            _accumulate(every, torch.autograd.grad(loss, every, allow_unused=True))
-
-    def sum(self, accelerator: Accelerator) -> None:
-        """Over the processes: a combination of means is not the mean of combinations."""
-        if accelerator.num_processes > 1:
+    def finish(self, means: Tensor) -> Tensor:
+        if self.accelerator.num_processes > 1:  # first the sum: a combination of parts is no part of the combination
             flat = torch.cat([stack.reshape(-1) for stack in self.stacks])
             torch.distributed.all_reduce(flat)
-            sizes = [stack.numel() for stack in self.stacks]
-            self.stacks = [part.view_as(stack) for part, stack in zip(flat.split(sizes), self.stacks, strict=True)]
-
-    def gram(self) -> Tensor:
-        """(T, T), summed in fp64."""
-        flat = [stack.flatten(1).double() for stack in self.stacks]
-        return torch.stack([one @ one.t() for one in flat]).sum(0)
-
-    def apply(self, weights: Tensor) -> None:
-        """Add sum_t w_t g_t to the shared weights' gradients."""
-        _accumulate(self.shared, [torch.tensordot(weights.to(stack), stack, dims=1) for stack in self.stacks])
+            parts = flat.split([stack.numel() for stack in self.stacks])
+            self.stacks = [part.view_as(stack) for part, stack in zip(parts, self.stacks, strict=True)]
+        rows = [stack.flatten(1).double() for stack in self.stacks]
+        gram = torch.stack([one @ one.t() for one in rows]).sum(0)
+        weights = self.combination.ask(self.number, self.counts > 0, means, gram)
+        if self.accelerator.is_main_process:  # the gradients of all processes are added next
+            _accumulate(self.shared, [torch.tensordot(weights.to(one), one, dims=1) for one in self.stacks])
+        return weights.to(means) / self.counts.clamp(min=1)
 
 
 def _accumulate(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> None:

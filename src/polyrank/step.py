@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from polyrank.combining import Apart, Combination
+from polyrank.combining import AfterForward, Apart, Combination, Known, Pass
 from polyrank.corpus import Batch, Corpus
 from polyrank.history import Log
 from polyrank.mixing import Sampler
@@ -55,59 +55,52 @@ def backward(
     number: int = 0,
 ) -> tuple[float, dict[str, float]]:
     """Add the gradients of one whole step of this process; returns the loss of all processes, and that of each task."""
-    device = model.device
-    counts = torch.zeros(len(model.tasks), dtype=torch.long)  # (T,)
-    for batch in batches:
-        counts += model.counts(batch.labels)
-    counts = counts.to(device)
-    live = total(torch.tensor(len(batches), device=device), accelerator)
-    counts = total(counts, accelerator)
-    like = next(adapter.parameters())
-    sums, extra = like.new_zeros(len(counts)), like.new_zeros(())
-
-    def forward(batch: Batch) -> tuple[Tensor, Tensor]:
-        """S_t (T,) with its graph, and the auxiliary losses' share of the step."""
+    device, like = model.device, next(adapter.parameters())
+    counts = torch.stack([torch.zeros(len(model.tasks), dtype=torch.long), *(model.counts(b.labels) for b in batches)])
+    parts = total(torch.tensor(len(batches), device=device), accelerator)
+    total_counts = total(counts.sum(0).to(device), accelerator)  # (T,)
+    how = _pass(model, adapter, batches, total_counts, training, accelerator, combination, number)
+    sums, extra = like.new_zeros(len(model.tasks)), like.new_zeros(())
+    for batch, here in zip(batches, counts[1:], strict=True):
         with autocast(device, training.precision):
             answers = model(batch.inputs, batch.task_ids)
-        own = model.loss_sums(answers, batch.labels)
-        return own, sum(adapter.losses().values(), torch.zeros_like(extra)) / live
-
-    apart, ready = None, None
-    if combination is not None and combination.combiner.needs == "gradients":
-        shared = list(adapter.shared_parameters())
-        others = set(adapter.parameters()) | set(model.heads.parameters())
-        apart = Apart(shared, [p for p in others if p not in set(shared)], len(counts))
-        factors = 1 / counts.clamp(min=1).to(like)
-    elif combination is not None:
-        losses = None
-        if combination.combiner.needs == "losses":  # before the weights: with one part, its own forward tells them
-            if len(batches) == 1 and accelerator.num_processes == 1:
-                ready = forward(batches[0])
-            measured = sums_without_gradients(model, batches, training) if ready is None else ready[0].detach()
-            losses = total(measured, accelerator) / counts.clamp(min=1)
-        factors = combination.ask(number, counts > 0, losses).to(like) / counts.clamp(min=1)
-    else:
-        factors = task_factors(counts.to(like.dtype), [task.name for task in model.tasks], training.task_weights)
-    for batch in batches:
-        own, auxiliary = forward(batch) if ready is None else ready
-        if apart is None:
-            ((own * factors).sum() + auxiliary).backward()
-        else:
-            for task in model.counts(batch.labels).nonzero().flatten().tolist():
-                apart.add(task, own[task] * factors[task], 1 / int((counts > 0).sum()))
-            apart.add_auxiliary(auxiliary)
+        own = model.loss_sums(answers, batch.labels)  # (T,)
+        auxiliary = sum(adapter.losses().values(), torch.zeros_like(extra)) / parts
+        how.add(own, auxiliary, here.nonzero().flatten().tolist())
         sums += own.detach()
         extra += auxiliary.detach()
     sums, extra = total(sums, accelerator), total(extra, accelerator)
-    means = sums / counts.clamp(min=1)
-    if apart is not None and combination is not None:
-        apart.sum(accelerator)
-        weights = combination.ask(number, counts > 0, means, apart.gram())
-        if accelerator.is_main_process:  # the gradients of all processes are added next
-            apart.apply(weights)
-        factors = weights.to(like) / counts.clamp(min=1)
-    losses = {task.name: m for task, m, n in zip(model.tasks, means.tolist(), counts.tolist(), strict=True) if n}
-    return float((sums * factors).sum() + extra), losses
+    means = sums / total_counts.clamp(min=1)
+    factors = how.finish(means)
+    live = zip(model.tasks, means.tolist(), total_counts.tolist(), strict=True)
+    return float((sums * factors).sum() + extra), {task.name: mean for task, mean, n in live if n}
+
+
+def _pass(
+    model: MultiTaskModel,
+    adapter: Trainable,
+    batches: Sequence[Batch],
+    counts: Tensor,
+    training: Training,
+    accelerator: Accelerator,
+    combination: Combination | None,
+    number: int,
+) -> Pass:
+    """The way that this step's losses become gradients. counts: (T,) of the whole step."""
+    like, names = next(adapter.parameters()), [task.name for task in model.tasks]
+    if combination is None:
+        return Known(task_factors(counts.to(like.dtype), names, training.task_weights))
+    needs = combination.combiner.needs
+    if needs == "gradients":
+        shared = list(adapter.shared_parameters())
+        others = (set(adapter.parameters()) | set(model.heads.parameters())) - set(shared)
+        return Apart(combination, number, counts, shared, list(others), accelerator)
+    losses = None
+    if needs == "losses":
+        if len(batches) == 1 and accelerator.num_processes == 1:
+            return AfterForward(combination, number, counts)
+        losses = total(sums_without_gradients(model, batches, training), accelerator) / counts.clamp(min=1)
+    return Known(combination.ask(number, counts > 0, losses).to(like) / counts.clamp(min=1))
 
 
 @torch.no_grad()
