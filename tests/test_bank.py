@@ -108,3 +108,9 @@ def test_a_plan_counts_the_bank(recipe_file: Path):
     said = "\n".join(lines(plan(read_recipe(recipe_file, ["method.name=moa"]))))
     assert "2 runs of as many steps, one for each task alone" in said
     assert "before that" not in "\n".join(lines(plan(read_recipe(recipe_file))))
+
+
+def test_what_cannot_be_combined_is_refused_before_the_bank(recipe_file: Path, tmp_path: Path):
+    with pytest.raises(RecipeError, match="belongs to one task"):
+        run(read_recipe(recipe_file, ["method.name=moa", "training.combine=mgda"]), progress=False)
+    assert not (tmp_path / "run").exists()

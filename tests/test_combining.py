@@ -12,11 +12,12 @@ from torch import Tensor
 
 import tiny
 from polyrank import Adapter, adapt
-from polyrank.combine import COMBINERS, Step
+from polyrank.combine import COMBINERS, FAMO, Step
 from polyrank.combining import Combination
 from polyrank.corpus import Corpus
-from polyrank.methods import MoA, MTLLoRA
+from polyrank.methods import MoA, MTLLoRA, Poly
 from polyrank.mixing import Proportional
+from polyrank.models import HeadModel
 from polyrank.step import backward, micro_batches, sum_gradients
 from polyrank.tasks import Examples
 from polyrank.train import train
@@ -221,3 +222,35 @@ def test_what_does_not_fit_is_refused():
     adapter = adapt(model.backbone, MoA(rank=2), tasks=[t.name for t in of])
     with pytest.raises(ValueError, match="belongs to one task"):
         train(model, adapter, of, Training.model_validate({"steps": 1, "combine": "mgda"}), progress=False)
+
+
+@pytest.mark.parametrize("name", [*GRADIENTS, "famo", "gls", "dwa"])
+def test_a_step_that_is_not_finite_is_refused_and_logged(name, tmp_path: Path, monkeypatch):
+    seen = []
+    honest = HeadModel.loss_sums
+
+    def poisoned(self, answers, labels):
+        seen.append(1)
+        return honest(self, answers, labels) * (torch.inf if len(seen) == 3 else 1)
+
+    monkeypatch.setattr(HeadModel, "loss_sums", poisoned)
+    _, lines = go(tmp_path, settings(name, "mood", "pet"), steps=5, accumulation=1, checkpoint_every=0)
+    skipped = [line["skipped"] for line in lines if "loss" in line]
+    assert sum(skipped) == 1
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line and not line["skipped"])
+
+
+def test_the_second_look_has_the_noise_of_the_first(tmp_path: Path, monkeypatch):
+    """Poly draws noise in training: without an update, FAMO must see no change of the losses."""
+    found = []
+    monkeypatch.setattr(FAMO, "after", lambda self, step, losses, state: found.append((step.losses, losses)))
+    of = tiny.tasks()
+    model = tiny.model(of)
+    adapter = adapt(model.backbone, Poly(num_experts=2, rank=2), tasks=[t.name for t in of], targets=["query"])
+    for p in adapter.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    training = Training.model_validate({"steps": 3, "batch_size": 8, "lr": 1e-30, "head_lr": 1e-30, "combine": "famo"})
+    train(model, adapter, of, training, progress=False)
+    assert len(found) == 3
+    for before, after in found:
+        torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-7)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+import polyrank.methods.base as methods_base
 from polyrank import Adapter, LoRA, adapt
-from polyrank.methods import MELoRA, MoA
+from polyrank.methods import MELoRA, MoA, PiSSA
 from small import IDS, METHODS, TASKLESS, TASKS, Net, adapted, inputs
 
 NEW = torch.full((4,), 3)
@@ -117,6 +118,42 @@ def test_a_bank_of_loras_answers_as_they_did_alone(tmp_path):
         y = net(inputs(4, 5, 16), task_ids=torch.full((4,), i))
         torch.testing.assert_close(y, answers[task], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(answers["a"], answers["b"], atol=1e-2)
+
+
+def test_ranks_that_a_bank_has_not_can_be_trained(tmp_path):
+    folders, _ = bank(tmp_path, {"a": LoRA(rank=1)})
+    net, adapter = adapted(MoA(rank=3), trained=False)
+    adapter.load_bank(folders)
+    trained_on(net, adapter, torch.zeros(4).long())
+    for layer in adapter.layers.values():
+        assert (layer.experts.lora_B.each()[0].abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("with_factors", [False, True])
+def test_a_bank_on_other_singular_directions(with_factors, tmp_path, monkeypatch):
+    """On another machine near-equal singular values may swap: refused, or right with the factors that were shipped."""
+    method = PiSSA(rank=2)
+    torch.manual_seed(1)
+    net = Net()
+    alone = adapt(net, method, tasks=["a"], targets=["q", "v"])
+    trained_on(net, alone, torch.zeros(4).long())
+    alone.save(tmp_path / "a", with_factors=with_factors)
+    want = net(inputs(4, 5, 16), task_ids=torch.zeros(4).long())
+    honest = methods_base.factorise
+
+    def swapped(weight):
+        found = honest(weight)
+        order = torch.tensor([1, 0, *range(2, len(found.sigma))])
+        return type(found)(found.u[:, order], found.sigma[order], found.vt[order])
+
+    monkeypatch.setattr(methods_base, "factorise", swapped)
+    other, adapter = adapted(MoA(rank=4), trained=False)
+    if with_factors:
+        adapter.load_bank({"a": tmp_path / "a"})
+        torch.testing.assert_close(other(inputs(4, 5, 16), task_ids=torch.zeros(4).long()), want, atol=1e-5, rtol=1e-5)
+        return
+    with pytest.raises(ValueError, match="comes out differently"):
+        adapter.load_bank({"a": tmp_path / "a"})
 
 
 def test_a_new_domain_joins_and_the_old_loras_stay(tmp_path):

@@ -124,11 +124,14 @@ class Adapter:
     # What joins later.
 
     def add_task(self, task: str, freeze: bool = True) -> None:
-        """Let one more task join; the outputs of the others stay bit for bit what they are.
+        """Let one more task join; the outputs of the others stay bit for bit what they are, where the task decides.
+
+        (MoA guesses the task in evaluation, and may guess the new one.) Build the optimiser anew: there are new
+        weights. An adapter whose base was released has it back in memory.
 
         Args:
-            freeze: train nothing but the new task's own parts from now on, so that the others stay so for good. Build
-                the optimiser anew in either case.
+            freeze: train nothing but the new task's own parts, so that the others stay as they are while it trains.
+                Like any ``requires_grad`` it is not saved with the adapter, and a later call without it frees nothing.
 
         Raises:
             ValueError: a bad or known name, a method with weights whose size depends on the number of tasks, or, with

@@ -23,6 +23,12 @@ READS = {
     frozenset({"task", "token"}): "the task and the token",
     frozenset({"task", "sample"}): "the task and the sample",
 }
+MERGES = {
+    "static": "static: exactly, into one weight for all tasks",
+    "per task": "per task: exactly, into a weight for each",
+    "per sample": "per sample: each has a weight of its own, so `merge()` refuses",
+    "no": "no: the gate reads each token",
+}
 TABLE = "<!-- written by `make cards` -->\n"
 
 
@@ -85,7 +91,9 @@ def card(name: str) -> str:
     kind = METHODS[name]
     example = next(((key, value) for key, (value, _) in explained(kind).items() if key in ("rank", "k")), None)
     setting = "" if example is None else f", {example[0]}: {example[1]}"
-    status = "a reconstruction" if is_reconstruction(kind) else "faithful to the paper, but for the deviations above"
+    status = "a reconstruction"
+    if not is_reconstruction(kind):
+        status = "faithful to the paper's equation or its released code, but for the deviations above"
     return "\n".join(
         [
             f"# {kind.__name__}",
@@ -97,7 +105,7 @@ def card(name: str) -> str:
             f"| name in recipes | `{name}` |",
             f"| status | {status} |",
             f"| who is asked | {READS[reads(kind)]} |",
-            f"| merges | {merges(kind)} |",
+            f"| merges | {MERGES[merges(kind)]} |",
             f"| starts as the base model | {'yes' if kind().starts_as_base else 'no'} |",
             f"| trained weights | {size(kind)} |",
             "",

@@ -44,7 +44,7 @@ class Combination:
         if step.gram is not None:
             norms = step.gram.diagonal().clamp_min(0).sqrt()
             cosines = (step.gram / (norms.outer(norms)).clamp_min(torch.finfo(norms.dtype).tiny)).tolist()
-            alive = [i for i in range(len(self.tasks)) if step.live[i]]
+            alive = [i for i in range(len(self.tasks)) if step.live[i] and norms[i].isfinite()]
             found["cosines"] = {
                 self.tasks[i]: {self.tasks[j]: cosines[i][j] for j in alive if j > i} for i in alive[:-1]
             }
@@ -133,8 +133,10 @@ class Apart(Pass):
             torch.distributed.all_reduce(flat)
             parts = flat.split([stack.numel() for stack in self.stacks])
             self.stacks = [part.view_as(stack) for part, stack in zip(parts, self.stacks, strict=True)]
-        rows = [stack.flatten(1).double() for stack in self.stacks]
-        gram = torch.stack([one @ one.t() for one in rows]).sum(0)
+        gram = self.counts.new_zeros(len(self.counts), len(self.counts), dtype=torch.float64)
+        for stack in self.stacks:  # one after the other: their fp64 copies need not stand in memory together
+            rows = stack.flatten(1).double()
+            gram += rows @ rows.t()
         weights = self.combination.ask(self.number, self.counts > 0, means, gram)
         if self.accelerator.is_main_process:  # the gradients of all processes are added next
             _accumulate(self.shared, [torch.tensordot(weights.to(one), one, dims=1) for one in self.stacks])

@@ -96,7 +96,7 @@ class Log:
         self.bar.update(self.row, completed=step, note=f"loss {loss:.3f}{self.held}")
         by_task = {name: _finite(value) for name, value in losses.items()}
         entry = {"step": step, "loss": _finite(loss), "losses": by_task, "lr": lr, "gradient_norm": _finite(norm)}
-        self.history.steps.append(self._write({**entry, **combined, "skipped": not taken}))
+        self.history.steps.append(self._write({**entry, **_finite_all(combined), "skipped": not taken}))
 
     def evaluation(self, step: int, scores: dict[str, float], found: float) -> None:
         self.held = f"  held-out {found:.3f}"
@@ -127,6 +127,10 @@ def _entry(line: str) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         return None
     return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+
+
+def _finite_all(numbers: dict[str, Any]) -> dict[str, Any]:
+    return {key: _finite_all(one) if isinstance(one, dict) else _finite(one) for key, one in numbers.items()}
 
 
 def _finite(value: float) -> float | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .files import Fingerprint, difference, read_folder
 from .methods import Method
 from .mixture import Mixture, MixtureLinear, TaskExperts, TaskTable
-from .saving import copy_weights, method_from
+from .saving import copy_weights, load_frozen, method_from
 
 
 def task_parts(layer: nn.Module) -> dict[str, int]:
@@ -72,6 +72,7 @@ def saved_loras(
         raise ValueError(f"{folder} knows the tasks {', '.join(tasks)}, and not {task!r}: give an adapter of one task")
     trained = method_from(manifest["method"]).build({name: layer.base for name, layer in layers.items()}, tasks)
     copy_weights(trained, tensors["adapter"])
+    load_frozen(trained, tensors["frozen"], manifest["with_factors"])
     index = tasks.index(task) if task in tasks else 0
     return {name: layer.task_lora(index) for name, layer in trained.items()}
 

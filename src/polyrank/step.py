@@ -99,15 +99,20 @@ def _pass(
     if needs == "losses":
         if len(batches) == 1 and accelerator.num_processes == 1:
             return AfterForward(combination, number, counts)
-        losses = total(sums_without_gradients(model, batches, training), accelerator) / counts.clamp(min=1)
+        losses = total(
+            sums_without_gradients(model, batches, number, training, accelerator), accelerator
+        ) / counts.clamp(min=1)
     return Known(combination.ask(number, counts > 0, losses).to(like) / counts.clamp(min=1))
 
 
 @torch.no_grad()
-def sums_without_gradients(model: MultiTaskModel, batches: Sequence[Batch], training: Training) -> Tensor:
-    """S_t (T,) of this process's share of a step; draws no noise that the step itself would miss."""
+def sums_without_gradients(
+    model: MultiTaskModel, batches: Sequence[Batch], step: int, training: Training, accelerator: Accelerator
+) -> Tensor:
+    """S_t (T,) of this process's share of a step, with the step's own noise, of which none is used up."""
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), autocast(model.device, training.precision):
+        seed_noise(step, training, accelerator)
         parts = [model.loss_sums(model(batch.inputs, batch.task_ids), batch.labels) for batch in batches]
     return torch.stack(parts).sum(0) if parts else torch.zeros(len(model.tasks), device=model.device)
 
@@ -128,7 +133,7 @@ def tell_combiner(
     if run.combination.combiner.looks_again:
         batches = micro_batches(sampler, corpus, step, run.accumulation, accelerator)
         counts = sum((run.model.counts(batch.labels) for batch in batches), torch.zeros_like(found).long())
-        sums = total(sums_without_gradients(run.model, batches, training), accelerator)
+        sums = total(sums_without_gradients(run.model, batches, step, training, accelerator), accelerator)
         found = sums / total(counts.to(sums.device), accelerator).clamp(min=1)
     run.combination.after(found)
 
@@ -144,7 +149,7 @@ def backward_within_memory(
 ) -> tuple[float, dict[str, float]]:
     """`backward` of one whole step; out of memory, with twice as many micro-batches from then on: the same gradient."""
     while True:
-        torch.manual_seed(hash((training.seed, step, accelerator.process_index)))  # noise depends on nothing else
+        seed_noise(step, training, accelerator)
         batches = micro_batches(sampler, corpus, step, run.accumulation, accelerator)
         try:
             return backward(run.model, run.adapter, batches, training, accelerator, run.combination, step)
@@ -157,6 +162,11 @@ def backward_within_memory(
         log.say(f"out of memory at step {step + 1}: each step is cut into {run.accumulation} micro-batches from now on")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def seed_noise(step: int, training: Training, accelerator: Accelerator) -> None:
+    """The noise of a step depends on nothing else."""
+    torch.manual_seed(hash((training.seed, step, accelerator.process_index)))
 
 
 def out_of_memory(error: BaseException) -> bool:

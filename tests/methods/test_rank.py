@@ -151,3 +151,23 @@ def test_malora_saves_what_its_paper_says():
         adapter.remove()
     assert sizes == [361_472, 557_056]  # 16 I + 8 (8 (16 + O) + I), and 8 (8 (I + O) + I)
     assert 0.30 <= 1 - sizes[0] / sizes[1] <= 0.48
+
+
+@pytest.mark.parametrize(
+    ("name", "active"),
+    [
+        ("lora", 4 * (16 + 24)),
+        ("hydralora", 2 * (16 + 3 * 24) + 3 * 16),  # dense: all of them
+        ("mola", 2 * 2 * (16 + 24) + 3 * 16),  # 2 of 3 experts, and the router
+        ("malora", 5 * 16 + 2 * 3 * (5 + 24) + 4 * 16),  # the shared subspace always works
+        ("smora", 3 * (16 + 24) + 8 * 16),
+        ("omoe", 3 * 2 * (16 + 24) + 3 * 16),  # the chosen outputs depend on all
+        ("moa", 2 * (16 + 24) + 3 * 16),  # one LoRA, and every task's router
+        ("conditional_mixlora", 3 * (16 + 24) + 3 * 5 * 16 + 2 * 5 * 16),
+        ("mtl_lora", 2 * (16 + 3 * 24) + 2 * 2 + 3),  # one task's transform and logits
+        ("c_lorae", (4 + 2) * (16 + 24) + 2 * 16),
+    ],
+)
+def test_active_weights_of_a_token(name, active):
+    _, adapter = adapted(METHODS[name])
+    assert adapter.layers["q"].active_parameters() == active

@@ -83,7 +83,7 @@ class PerTaskRouter(Router):
         p = F.softmax(logits[..., self.num_shared :], -1, dtype=torch.promote_types(logits.dtype, torch.float32))
         p = p.reshape(len(ids), -1, p.shape[-1])
         if mask is not None:
-            p = p * mask.reshape(len(ids), -1, 1).to(p.dtype)
+            p = p * mask.reshape(len(ids), -1, 1).to(p)
         return p.new_zeros(len(self.weights), p.shape[-1]).index_add(0, ids, p.sum(1))
 
     def active_parameters(self) -> int:

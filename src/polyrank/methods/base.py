@@ -26,7 +26,6 @@ class Method(ABC):
 
     SIZE: ClassVar[str]  # trained weights of layer l of L: of the fields, I, O, T tasks, K = rank of W
     SIZE_ONCE: ClassVar[str] = "0"  # of all layers together
-    draws_noise: ClassVar[bool] = False  # in training, in its gates
 
     @property
     def starts_as_base(self) -> bool:

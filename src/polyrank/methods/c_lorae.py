@@ -13,7 +13,8 @@ Choose it if the tasks are known, share much, and new ones will join: `add_task`
 Reconstruction: no code was released, and the formula of the information term was not found.
 - The term is InfoNCE, whose fall raises a lower bound of the information that U and D_t give of each other: the mean
   outputs of both on one sample, before the gate, belong together, those of other samples of the batch do not. The
-  critic is their inner product / sqrt(O), which is finite where B is 0. One sample alone has no such loss.
+  critic is their inner product / sqrt(O), which is finite where B is 0. It sees the samples
+  of one micro-batch: one alone has no such loss.
 - ``task_rank`` is a field, so that a task can join later; the paper's value is r / T.
 - The paper's achievement-based weights of the losses are a combiner, `achievement`.
 """

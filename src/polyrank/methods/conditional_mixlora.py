@@ -82,6 +82,10 @@ class Pools(Experts):
     def up(self, base: nn.Module) -> Tensor:
         return self.lora_B
 
+    def active_parameters(self, num_active: int) -> int:
+        chosen = self.rank * (self.lora_A.shape[1] + self.lora_B.shape[1])
+        return chosen + (self.follow.numel() if self.trained else 0)
+
     def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
         assert gate is not None
         first, second = gate.to(self.lora_A.dtype).split(self.num_experts, -1)  # (..., E) each

@@ -58,6 +58,8 @@ class Localized(Gate):
         counts = torch.ones_like(weights[..., :1]) if mask is None else mask.reshape(samples, -1, 1).to(weights)
         z = (weights * counts).sum(1) / counts.sum(1).clamp_min(1)  # (B, E)
         if self.kinds is not None:
+            if site.context.route.task_ids is None:
+                raise ValueError(f"{site.name}: LoRAMoE's `knowledge` names tasks: give task_ids in training")
             kinds = self.kinds.to(z.device)[site.ids(weights).reshape(-1)]
             agree = (kinds.unsqueeze(1) == self.second.to(z.device)).to(z.dtype)
             z = z * (1 + self.delta - 2 * self.delta * agree)

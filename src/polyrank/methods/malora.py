@@ -58,6 +58,10 @@ class SubspaceExperts(Experts):
     def up(self, base: nn.Module) -> Tensor:
         return self.lora_B
 
+    def active_parameters(self, num_active: int) -> int:
+        own = self.lora_P.numel() + self.lora_B.numel()
+        return self.lora_S.numel() + own * num_active // self.num_experts
+
     def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
         assert gate is not None
         each = torch.einsum("...d,erd->...er", z, self.lora_P.to(z.dtype))

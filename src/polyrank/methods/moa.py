@@ -6,10 +6,11 @@ https://arxiv.org/abs/2403.03432
     loss += router_loss * mean over layers and samples of cross-entropy(G mean(prompt), task)
 
 Two stages. Each task first trains a LoRA alone, the bank. Then the bank is put side by side, and every layer learns to
-tell from the prompt which task a sample is of, while the LoRAs train on. So no task is needed at inference.
+tell from the prompt which task a sample is of, while the LoRAs train on. So no task is asked for at inference; only to
+generate with a cache, stand inside `adapter.on(task)`, which keeps the prompt's choice whatever task is named.
 
 Choose it if the tasks are not named at inference, or LoRAs are there already: `adapter.load_bank({task: folder})`.
-A recipe trains the bank first. `add_task` lets one more LoRA join.
+A recipe trains the bank first (its heads are not kept). `add_task` lets one more LoRA join.
 
 Reconstruction: no code was released and the paper's text was not read in full.
 - The router is linear and of each layer, its choice the layer's own (a majority vote of the layers is also described).

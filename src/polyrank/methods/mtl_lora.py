@@ -48,7 +48,13 @@ class TaskTransform(Experts):
     def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
         every = self.transform().to(z.dtype)  # (T, r) or (T, r, r)
         own = F.embedding(site.ids(z), every.flatten(1)).unflatten(-1, every.shape[1:])
-        z = own * z if every.ndim == 2 else (own @ z.unsqueeze(-1)).squeeze(-1)
+        if every.ndim == 2:
+            z = own * z
+        elif site.per_token:
+            z = (own @ z.unsqueeze(-1)).squeeze(-1)
+        else:  # a product for each sample
+            rows, transforms = z.reshape(len(z), -1, z.shape[-1]), own.reshape(len(z), *every.shape[1:])
+            z = torch.bmm(rows, transforms.transpose(1, 2)).view_as(z)
         return self.shared.core(z, gate, site)
 
     def active_parameters(self, num_active: int) -> int:

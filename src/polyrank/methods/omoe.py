@@ -36,7 +36,7 @@ from ..mixture import (
 )
 from .base import STRICT, Method
 
-TINY = 1e-30  # a squared length below it has no direction
+SHARE = 1e-10  # of an output's squared length: what is left of it beside the earlier ones has no direction below that
 
 
 class OrthogonalExperts(Experts):
@@ -56,17 +56,21 @@ class OrthogonalExperts(Experts):
     def up(self, base: nn.Module) -> Tensor:
         return self.lora_B
 
+    def active_parameters(self, num_active: int) -> int:
+        return super().active_parameters(self.num_experts)  # the chosen outputs depend on all
+
     def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
         assert gate is not None
-        with torch.autocast(z.device.type, enabled=False):  # what nearly cancels needs every digit
+        with torch.autocast(z.device.type, enabled=False):
             weights = self._weights(z, gate)
         return (z.unflatten(-1, (self.num_experts, self.rank)) * weights.to(z.dtype).unsqueeze(-1)).flatten(-2)
 
     def _weights(self, z: Tensor, gate: Tensor) -> Tensor:
         """How much of each h is in sum_i g_i o_i, (..., E)."""
         shape = self.num_experts, self.rank
-        ranks = z.to(self.lora_B.dtype).unflatten(-1, shape)  # (..., E, r)
-        products = (self.lora_B @ self.lora_B.t()).unflatten(0, shape).unflatten(-1, shape)  # (E, r, E, r)
+        exact = z.dtype if z.device.type == "mps" else torch.float64  # alike experts all but cancel
+        ranks, b = z.to(exact).unflatten(-1, shape), self.lora_B.to(exact)  # (..., E, r)
+        products = (b @ b.t()).unflatten(0, shape).unflatten(-1, shape)  # (E, r, E, r)
         gram = torch.einsum("...er,erfs,...fs->...ef", ranks, products, ranks)  # <h_e, h_f>
         eye = torch.eye(self.num_experts, device=z.device, dtype=gram.dtype)
         done: list[tuple[Tensor, Tensor]] = []  # o_j in the h's, 1 / <o_j, o_j>
@@ -77,7 +81,7 @@ class OrthogonalExperts(Experts):
                 along = (gram[..., i, :] * earlier).sum(-1, keepdim=True) * inverse  # <h_i, o_j> / <o_j, o_j>
                 o = o - along * earlier
             squared = torch.einsum("...e,...ef,...f->...", o, gram, o).unsqueeze(-1)
-            there = squared > TINY
+            there = squared > SHARE * gram[..., i, i].unsqueeze(-1)
             inverse = torch.where(there, 1 / torch.where(there, squared, 1), 0)
             done.append((o, inverse))
             total = total + gate[..., i : i + 1] * (o if self.length == "kept" else o * inverse.sqrt())

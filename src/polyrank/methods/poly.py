@@ -71,7 +71,6 @@ class RelaxedBernoulli(Gate):
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Poly(Method):
     SIZE: ClassVar[str] = "num_experts * rank * (I + O) + T * splits * num_experts"
-    draws_noise: ClassVar[bool] = True
 
     num_experts: PositiveInt = 4
     """E, the skills"""

@@ -13,8 +13,8 @@ Choose it if a large rank pays but not every token needs all of it.
 
 Deviations from the released code:
 - beta chooses but does not weigh (DeepSeek's convention); ``value="biased"`` has the released sum of both.
-- beta moves once a step by the counts of all micro-batches and processes (theirs in every forward of each process, and
-  once more where activation checkpointing recomputes it); padding does not count.
+- beta moves once a step, by the counts of all training forwards since the last one, of all processes (theirs in every
+  forward of each process, and once more where activation checkpointing recomputes it); padding does not count.
 - A block of ranks is one expert with one count (theirs breaks ties inside a block by each rank's own beta).
 """
 

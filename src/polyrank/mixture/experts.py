@@ -81,16 +81,20 @@ class TaskExperts(Experts):
 
     @torch.no_grad()
     def put(self, task: int, a: Tensor, b: Tensor) -> None:
-        """Let the pair of a task be A (R, I) and B (R, O); ranks that it has not are zero.
+        """Let the pair of a task be A (R, I) and B (R, O). Ranks that it has not keep their A and have a B of zero.
 
         Raises:
             ValueError: more ranks than the experts have.
         """
         if len(a) > self.rank:
             raise ValueError(f"a LoRA of rank {len(a)} does not fit experts of rank {self.rank}: raise their rank")
-        for mine, given in ((self.lora_A.each()[task], a), (self.lora_B.each()[task], b)):
-            mine.zero_()
-            mine[: len(given)] = given
+        mine = self.lora_A.each()[task], self.lora_B.each()[task]
+        mine[0][: len(a)] = a
+        mine[1].zero_()
+        mine[1][: len(b)] = b
+
+    def active_parameters(self, num_active: int) -> int:
+        return self.lora_A.row_numel() + self.lora_B.row_numel()
 
 
 class SharedDownExperts(Experts):

@@ -110,7 +110,7 @@ class Watched(Gate):
     def watch(self, logits: Tensor, weights: Tensor, site: Site) -> None:
         p, chosen = _softmax(logits).flatten(0, -2), (weights.detach() > 0).flatten(0, -2)  # (N, E)
         mask = site.mask(logits)
-        counts = torch.ones_like(p[:, :1]) if mask is None else mask.reshape(-1, 1).to(p.dtype)
+        counts = torch.ones_like(p[:, :1]) if mask is None else mask.reshape(-1, 1).to(p)
         site.note("load", torch.stack([(chosen * counts).sum(0), (p * counts).sum(0)]))  # (2, E)
 
     def num_active(self, num_experts: int) -> int:

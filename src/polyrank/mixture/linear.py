@@ -130,7 +130,7 @@ class MixtureLinear(Mixture):
         experts = self.experts.active_parameters(
             self.experts.num_experts if self.gate is None else self.gate.num_active(self.experts.num_experts)
         )
-        gate = 0 if self.gate is None else sum(p.numel() for p in self.gate.parameters())
+        gate = 0 if self.gate is None else sum(p.numel() for p in self.gate.parameters() if p.requires_grad)
         return experts + gate + (0 if self.router is None else self.router.active_parameters())
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ from polyrank.recipe.rehearsal import forward, rehearsal
 from polyrank.recipe.schema import Recipe
 from polyrank.saving import method_fields
 from polyrank.tasks import HeadTask
-from polyrank.train import split, train
+from polyrank.train import combine, split, train
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # a person can do something
 POOLER = r"(.*\.)?pooler(\..*)?"  # a pooler takes no part in masked-mean pooling: never adapted
@@ -122,6 +122,7 @@ def attach(recipe: Recipe, model: MultiTaskModel, batch: Batch) -> Adapter:
         adapter = adapt(model.backbone, recipe.build_method(), tasks=names, targets=recipe.targets, exclude=POOLER)
         if recipe.training.checkpointing:
             adapter.enable_checkpointing()
+        combine(recipe.training, model, adapter)
         forward(model, batch)
         return adapter
     except (ValueError, TypeError) as error:
