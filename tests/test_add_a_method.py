@@ -74,4 +74,4 @@ def test_its_size_and_card_are_right(scaled):
     text = cards.card("scaled")
     assert "y = W x + b + (alpha / r) B diag(1 + s_t) A x" in text
     assert "| `rank` | `8` | r |" in text
-    assert "| merges | per task |" in text
+    assert "| merges | per task: exactly, into a weight for each |" in text

@@ -64,6 +64,11 @@ def test_round_trip_is_exact_and_complete(tmp_path: Path):
             {"training": {"combine": {"name": "dwa", "windo": 3}}},
             r"combine\.windo: unknown name; did you mean 'window'\?",
         ),
+        ({"training": {"combine": "mgda", "mixing": {"batches": "one_task"}}}, "nothing to combine: take mixed"),
+        (
+            {"training": {"combine": {"name": "achievement", "potential": {"r8": 94, "mood": 0.9}}}},
+            r"potential\.r8: .*less than or equal to 1, got 94",
+        ),
         ({"training": {"combine": "achievement"}}, r"training\.combine\.potential: is missing"),
         (
             {"training": {"combine": {"name": "achievement", "potential": {"r8": 0.9}}}},
@@ -215,6 +220,14 @@ def test_fresh_heads_and_seeds(recipe_file: Path):
     assert first.results["best_step"] == 4  # nothing held out: the last step
     state = second.model.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in first.model.state_dict().items())
+
+
+def test_the_order_of_settings_does_not_matter(tmp_path: Path):
+    path = write(tmp_path, GOOD)
+    settings = ["method.rank=6", "method.name=dora"]
+    for order in (settings, settings[::-1], ["method=dora", "method.rank=6"]):
+        assert read_recipe(path, order).method == {"name": "dora", "rank": 6, "alpha": 16.0}
+    assert read_recipe(write(tmp_path, GOOD | {"method": "more"})).method["name"] == "more"
 
 
 def test_a_setting_reaches_into_a_task(tmp_path: Path):

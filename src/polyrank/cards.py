@@ -42,6 +42,12 @@ def title(kind: type[Method]) -> str:
     return header(kind).splitlines()[0]
 
 
+def advice(kind: type[Method]) -> str:
+    """When to choose it: the header's sentence that says so."""
+    found = re.search(r"Choose it (.*?)[.:](\s|$)", header(kind), re.DOTALL)
+    return "" if found is None else " ".join(found[1].split())
+
+
 def is_reconstruction(kind: type[Method]) -> bool:
     """Whether not everything of the method was published, or could be read."""
     return re.search(r"^Reconstruction\b", header(kind), re.MULTILINE) is not None
@@ -103,6 +109,7 @@ def card(name: str) -> str:
             "| | |",
             "|---|---|",
             f"| name in recipes | `{name}` |",
+            f"| class | `polyrank.methods.{kind.__name__}` |",
             f"| status | {status} |",
             f"| who is asked | {READS[reads(kind)]} |",
             f"| merges | {MERGES[merges(kind)]} |",

@@ -31,9 +31,10 @@ class CheckpointError(ValueError):
 class Interrupted(RuntimeError):
     """Training stopped on a signal, after its state was written. `signum` is the signal's number."""
 
-    def __init__(self, signum: int, step: int, folder: Path) -> None:
+    def __init__(self, signum: int, step: int, folder: Path, part: Path | None = None) -> None:
+        """part: the run inside ``folder`` that was under way, where it was not the folder's own."""
         name = signal.Signals(signum).name
-        super().__init__(f"stopped by {name} after step {step}; the state is in {folder / FOLDER}")
+        super().__init__(f"stopped by {name} after step {step}; the state is in {(part or folder) / FOLDER}")
         self.signum, self.step, self.folder = signum, step, folder
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .files import Fingerprint, difference, read_folder
 from .methods import Method
-from .mixture import Mixture, MixtureLinear, TaskExperts, TaskTable
+from .mixture import Mixture, MixtureLinear, Site, TaskExperts, TaskTable
 from .saving import copy_weights, load_frozen, method_from
 
 
@@ -74,7 +74,12 @@ def saved_loras(
     copy_weights(trained, tensors["adapter"])
     load_frozen(trained, tensors["frozen"], manifest["with_factors"])
     index = tasks.index(task) if task in tasks else 0
-    return {name: layer.task_lora(index) for name, layer in trained.items()}
+    for name, layer in trained.items():
+        layer.site = Site(name)
+    try:
+        return {name: layer.task_lora(index) for name, layer in trained.items()}
+    except ValueError as error:
+        raise ValueError(f"{folder} is no LoRA: {error}") from error
 
 
 def put_experts(layers: Mapping[str, Mixture], bank: Mapping[int, Mapping[str, tuple[Tensor, Tensor]]]) -> None:

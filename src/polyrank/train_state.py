@@ -95,7 +95,7 @@ class Running:
         found, passed_over = newest(folder)
         self.messages += [f"a checkpoint was passed over: {reason}" for reason in passed_over]
         if found is None:
-            self.messages.append(f"no checkpoint in {folder}: starting from the beginning")
+            self.messages.append(f"no checkpoint in {folder}: training starts from its first step")
             return 0
         try:
             if found.numbers["identity"] != self.identity:

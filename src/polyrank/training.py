@@ -82,6 +82,11 @@ class Training(BaseModel):
     def _one_decides(self) -> "Training":
         if self.combine is not None and self.task_weights is not None:
             raise ValueError("task_weights and combine both say how much a task counts: give one of them")
+        combiner = self.combiner()
+        if combiner is not None and combiner.needs != "nothing" and self.mixing.batches == "one_task":
+            raise ValueError(
+                "mixing.batches: one_task gives each step one task, so that there is nothing to combine: take mixed"
+            )
         return self
 
     def combiner(self) -> Combiner | None:

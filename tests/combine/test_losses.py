@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from combine.steps import jacobian, step_of, vector
-from polyrank.combine import DWA, FAMO, GLS, RLW, Achievement, GradNorm, Uncertainty, Uniform
+from polyrank.combine import COMBINERS, DWA, FAMO, GLS, RLW, Achievement, GradNorm, Step, Uncertainty, Uniform
 
 # three steps of two tasks
 LOSSES = [(2.0, 0.5), (1.0, 0.6), (0.8, 0.1)]
@@ -277,3 +277,18 @@ def test_gradnorm_asks_for_what_it_needs():
     with pytest.raises(ValueError, match="GradNorm needs gradients"):
         GradNorm().weights(step_of(losses=vector(1, 1)), {})
     GradNorm().weights(step_of(jacobian(0, 2)), {})
+
+
+def test_a_step_that_is_not_what_it_should_be_says_so():
+    """As a loop of one's own may have it: single precision, another size, no tensor, something left out."""
+    live, two = torch.tensor([True, True]), ("a", "b")
+    for wrong, message in [
+        ({"gram": torch.eye(2)}, r"Step\.gram must be a torch\.float64 tensor \(2, 2\) for 2 tasks, got torch\.float32"),
+        ({"gram": torch.eye(3, dtype=torch.float64)}, r"got torch\.float64 \(3, 3\)"),
+        ({"losses": torch.ones(2)}, r"Step\.losses must be"),
+        ({"live": [True, True]}, r"Step\.live must be .* got list"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Step(**{"tasks": two, "live": live, **wrong})
+    with pytest.raises(ValueError, match="MGDA needs gradients, and Step lacks `losses`"):
+        COMBINERS["mgda"]().weights(Step(two, live, gram=torch.eye(2, dtype=torch.float64)), {})

@@ -34,7 +34,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method, with it
         from rich.markdown import Markdown
         from rich.table import Table
 
-        from polyrank.cards import READS, card, is_reconstruction, merges, reads, title
+        from polyrank.cards import READS, advice, card, is_reconstruction, merges, reads
         from polyrank.methods import METHODS
         from polyrank.recipe import RecipeError
         from polyrank.recipe.schema import nearest
@@ -44,12 +44,16 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method, with it
         if name is not None:
             Console().print(Markdown(card(name)))
             return
-        table = Table("method", "paper", "who is asked", "merges", show_lines=True)
+        table = Table("method", "choose it", "who is asked", "merges", show_lines=True)
         for key, kind in METHODS.items():
-            mark = " (reconstruction)" if is_reconstruction(kind) else ""
-            table.add_row(key, title(kind) + mark, READS[reads(kind)].partition(":")[0], merges(kind))
+            mark = "*" if is_reconstruction(kind) else ""
+            table.add_row(key + mark, advice(kind), READS[reads(kind)].partition(":")[0], merges(kind))
         Console().print(table, markup=False)
-        typer.echo("polyrank methods NAME has the equation, the fields and the deviations of one")
+        typer.echo(
+            "merges: into one weight for all tasks (static), one for each (per task), one for each sample, or none.\n"
+            "* a reconstruction: not everything of it was published, or could be read.\n"
+            "polyrank methods NAME has the paper, the equation, the fields and the deviations of one."
+        )
 
 
 @app.command()

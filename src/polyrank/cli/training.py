@@ -72,6 +72,8 @@ def train(
 
     [bold]polyrank train recipe.yaml --set method.name=more --set training.steps=200[/]
 
+    Another method starts from its own defaults, whatever the fields of the recipe's method; set those you want to keep.
+
     [bold]polyrank train recipe.yaml --dry-run[/]
 
     Ctrl-C saves the state and stops; after that, or a power cut:

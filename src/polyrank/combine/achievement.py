@@ -17,9 +17,10 @@ task not scored yet counts as 0 achieved; if all have achieved everything they c
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -28,8 +29,8 @@ from .base import STRICT, Combiner, State, Step
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Achievement(Combiner):
-    potential: dict[str, PositiveFloat]
-    """P_t: the score that each task reaches alone, by the task's metric, such as {r8: 0.94, movies: 0.81}"""
+    potential: dict[str, Annotated[float, Field(gt=0, le=1)]]
+    """P_t: the score that each task reaches alone, by its metric, as a share of 1: such as {r8: 0.94, movies: 0.81}"""
     gamma: PositiveFloat = 2.0
     """how steeply the weight falls as the score nears P_t"""
     margin: NonNegativeFloat = 0.05

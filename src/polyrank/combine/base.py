@@ -31,6 +31,19 @@ class Step:
     losses: Tensor | None = None  # (T,) mean loss of each task; given if the combiner needs losses or gradients
     gram: Tensor | None = None  # (T, T) inner products of the shared gradients; given if it needs gradients
 
+    def __post_init__(self) -> None:
+        shapes = {"live": (len(self.tasks),), "losses": (len(self.tasks),), "gram": (len(self.tasks),) * 2}
+        for name, shape in shapes.items():
+            given = {"live": self.live, "losses": self.losses, "gram": self.gram}[name]
+            dtype = torch.bool if name == "live" else torch.float64
+            if given is None:
+                continue
+            if not isinstance(given, Tensor) or given.dtype != dtype or tuple(given.shape) != shape:
+                found = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+                raise ValueError(
+                    f"Step.{name} must be a {dtype} tensor {shape} for {len(self.tasks)} tasks, got {found}"
+                )
+
     def generator(self) -> torch.Generator:
         """Noise of this step: a function of (seed, step) alone, the same in every process and after resuming."""
         return torch.Generator().manual_seed((self.seed * 1_000_003 + self.number) % 2**63)
@@ -106,7 +119,8 @@ class PerTask(Combiner):
         """The step without the tasks that are not live; None if it is not finite."""
         live, losses, gram = step.live, step.losses, step.gram
         if (losses is None and self.needs != "nothing") or (gram is None and self.needs == "gradients"):
-            raise ValueError(f"{type(self).__name__} needs {self.needs}: give them in Step, as its `needs` asks")
+            lacking = "losses" if losses is None else "gram"
+            raise ValueError(f"{type(self).__name__} needs {self.needs}, and Step lacks `{lacking}`")
         losses = None if losses is None else losses[live]
         gram = None if gram is None else gram[live][:, live]
         if not _finite(*(measured for measured in (losses, gram) if measured is not None)):

@@ -120,7 +120,7 @@ def lines(found: Plan, shown: int = 4) -> Sequence[str]:
             f"{task.tokens:.0f} tokens on average{labels}{gap}{cut}"
         )
     minutes = found.training_seconds / 60
-    bank = [f"before that           {found.bank} runs of as many steps, one for each task alone"] if found.bank else []
+    bank = f"{found.bank} runs of as many steps, one for each task alone, about {found.bank * minutes:.1f} min"
     return [
         *out,
         *(f"note: {notice}" for notice in found.notices),
@@ -130,7 +130,7 @@ def lines(found: Plan, shown: int = 4) -> Sequence[str]:
         f"{_size(found.peak_bytes)}",
         f"training              {found.step_seconds:.2f} s a step here, about {minutes:.1f} min; the frozen "
         "model's pass and the scoring come on top",
-        *bank,
+        *([f"before that           {bank}"] if found.bank else []),
         "nothing was written",
     ]
 

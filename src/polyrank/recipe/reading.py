@@ -42,7 +42,8 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of names to values, this is a {type(content).__name__}")
-    for setting in settings:
+    # the method's name first: it drops the fields of another method, and none that is set beside it
+    for setting in sorted(settings, key=lambda one: one.partition("=")[0].strip() not in ("method", "method.name")):
         apply_setting(content, setting)
     return check_recipe(content, str(path), path.parent)
 
@@ -123,6 +124,8 @@ def apply_setting(content: dict[str, Any], setting: str) -> None:
                 f"--set {setting!r}: {key!r} holds no names; keys are such as training.steps, method.rank"
             )
     parsed = parse_yaml(value, f"--set {setting!r}")
+    if keys == ["method"] and isinstance(parsed, str):
+        parsed = {"name": parsed}
     if keys == ["method", "name"] and place.get("name") != parsed:
         place.clear()
     place[keys[-1]] = parsed

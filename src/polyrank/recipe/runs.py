@@ -177,18 +177,19 @@ def train_bank(
     Returns the adapters' folders by task.
     """
     found: dict[str, Path] = {}
-    for task in recipe.tasks:
+    for number, task in enumerate(recipe.tasks, start=1):
         place = folder / BANK / task.name
         found[task.name] = place / "adapter"
         if (place / "results.json").is_file():
             continue
-        Console(stderr=True).print(f"{task.name} alone, for the bank", style="dim", highlight=False, markup=False)
+        said = f"bank, {number} of {len(recipe.tasks)}: {task.name} alone"
+        Console(stderr=True).print(said, style="dim", highlight=False, markup=False)
         training = recipe.training.model_copy(update={"task_weights": None, "combine": None, "trackers": []})
         alone = {"method": method_fields(method), "tasks": [task], "training": training, "out": str(place)}
         try:
             run(recipe.model_copy(update=alone), resume=True, progress=progress, features=features)
         except Interrupted as error:
-            raise Interrupted(error.signum, error.step, folder) from error
+            raise Interrupted(error.signum, error.step, folder, error.folder) from error
     return found
 
 

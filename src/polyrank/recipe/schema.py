@@ -132,6 +132,12 @@ class Recipe(_Part):
         check_names([task.name for task in tasks])
         return tasks
 
+    @field_validator("method", mode="before")
+    @classmethod
+    def _short_method(cls, method: object) -> object:
+        """`method: more` is short for `method: {name: more}`."""
+        return {"name": method} if isinstance(method, str) else method
+
     @field_validator("method")
     @classmethod
     def _method(cls, method: dict[str, Any]) -> dict[str, Any]:
@@ -165,8 +171,10 @@ class Recipe(_Part):
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe file, the fields of each method and combiner included."""
     schema = Recipe.model_json_schema()
-    schema["properties"]["method"] |= {"oneOf": _choices(METHODS, schema["$defs"])}
-    schema["properties"]["method"].pop("additionalProperties", None)
+    for key in ("additionalProperties", "type"):
+        schema["properties"]["method"].pop(key, None)
+    choices = [{"enum": [*METHODS]}, {"oneOf": _choices(METHODS, schema["$defs"])}]
+    schema["properties"]["method"] |= {"anyOf": choices}
     combine = schema["$defs"]["Training"]["properties"]["combine"]
     combine["anyOf"] = [{"type": "null"}, {"enum": [*COMBINERS]}, {"oneOf": _choices(COMBINERS, schema["$defs"])}]
     schema["properties"]["tasks"]["items"] = {"anyOf": [{"type": "string"}, schema["properties"]["tasks"]["items"]]}

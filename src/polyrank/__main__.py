@@ -1,0 +1,5 @@
+"""`python -m polyrank`: the command."""
+
+from polyrank.cli import main
+
+main()
