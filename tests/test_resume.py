@@ -35,12 +35,13 @@ class Cut(BaseException):
 
 def cut_after(steps: int) -> Callable[[Adapter], None]:
     """An `after_step` that is cut off in the step after so many."""
-    left = [steps]
+    left, honest = [steps], Adapter.after_step
 
     def pull(self: Adapter) -> None:
         if not left[0]:
             raise Cut
         left[0] -= 1
+        honest(self)
 
     return pull
 
