@@ -251,10 +251,6 @@ def test_blocks_and_command_lines_are_found():
     ]
 
 
-def section(text: str, heading: str) -> str:
-    return re.split(r"^## ", text.split(f"\n## {heading}\n")[1], flags=re.MULTILINE)[0]
-
-
 def test_every_method_has_a_card_that_says_what_the_code_is():
     """The cards are written by `make cards`; their tables are read back here."""
     for path, text in pages(ROOT / "docs").items():
