@@ -8,7 +8,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from ..mixture import Mixture, in_out_features, is_plain, load_balance, weight_of
+from ..mixture import Gate, JointTopK, Mixture, Watched, in_out_features, is_plain, load_balance, weight_of
 from ..mixture.context import Note
 from ..svd import Factors, factorise, numerical_rank
 
@@ -89,6 +89,11 @@ def check_divides(parts: int, name: str, base: nn.Module, field: str) -> None:
             f"{name} has {sizes[0]} inputs and {sizes[1]} outputs, which {field}={parts} does not divide: take a "
             "common divisor of the layers' sizes"
         )
+
+
+def balanced_top_k(k: int, weight: float) -> Gate:
+    """The renormalised top-k, watched if a balance loss of that weight is wanted."""
+    return Watched(JointTopK(k)) if weight else JointTopK(k)
 
 
 def balance_loss(notes: Mapping[str, Sequence[Note]], weight: float) -> dict[str, Tensor]:

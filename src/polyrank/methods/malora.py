@@ -26,18 +26,16 @@ from torch import Tensor, nn
 
 from ..mixture import (
     Experts,
-    JointTopK,
     LinearRouter,
     Mixture,
     MixtureLinear,
     Site,
-    Watched,
     in_out_features,
     uniform,
     zeros,
 )
 from ..mixture.context import Note
-from .base import STRICT, Method, balance_loss
+from .base import STRICT, Method, balance_loss, balanced_top_k
 
 
 class SubspaceExperts(Experts):
@@ -102,7 +100,7 @@ class MALoRA(Method):
                 base,
                 experts=SubspaceExperts(base, self.num_experts, self.rank, self.subspace),
                 router=LinearRouter(base, self.num_experts),
-                gate=Watched(JointTopK(self.k)) if self.balance else JointTopK(self.k),
+                gate=balanced_top_k(self.k, self.balance),
                 scale=self.alpha / self.rank,
             )
         return layers

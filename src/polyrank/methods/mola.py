@@ -23,9 +23,9 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validat
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from ..mixture import JointTopK, LinearRouter, LoRAExperts, Mixture, MixtureLinear, Watched
+from ..mixture import LinearRouter, LoRAExperts, Mixture, MixtureLinear
 from ..mixture.context import Note
-from .base import STRICT, Method, balance_loss
+from .base import STRICT, Method, balance_loss, balanced_top_k
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -57,7 +57,7 @@ class MoLA(Method):
                 base,
                 experts=LoRAExperts(base, count, self.rank),
                 router=LinearRouter(base, count),
-                gate=Watched(JointTopK(self.k)) if self.balance else JointTopK(self.k),
+                gate=balanced_top_k(self.k, self.balance),
                 scale=self.alpha / self.rank,
             )
         return layers

@@ -20,27 +20,16 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..mixture import Experts, Mixture, MixtureLinear, Site, in_out_features, uniform, zeros
+from ..mixture import Mixture, MixtureLinear, Pairs, Site, uniform
 from .base import STRICT, Method
 
 
-class MixedRanks(Experts):
+class MixedRanks(Pairs):
     """One pair and a mixer between A and B."""
 
-    num_experts = 1
-
     def __init__(self, base: nn.Module, rank: int) -> None:
-        super().__init__()
-        in_features, out_features = in_out_features(base)
-        self.lora_A = uniform(base, rank, in_features)
-        self.lora_B = zeros(base, rank, out_features)
+        super().__init__(base, 1, rank)
         self.mixer = uniform(base, rank, rank)
-
-    def down(self) -> Tensor:
-        return self.lora_A
-
-    def up(self, base: nn.Module) -> Tensor:
-        return self.lora_B
 
     def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
         return F.linear(z, self.mixer.to(z.dtype))

@@ -24,37 +24,27 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..mixture import (
-    Experts,
     JointTopK,
     LinearRouter,
     Mixture,
     MixtureLinear,
+    Pairs,
     Site,
-    in_out_features,
     uniform,
-    zeros,
 )
 from .base import STRICT, Method
 
 SHARE = 1e-10  # of an output's squared length: what is left of it beside the earlier ones has no direction below that
 
 
-class OrthogonalExperts(Experts):
-    """LoRA experts whose outputs go through Gram-Schmidt, in their order."""
+class OrthogonalExperts(Pairs):
+    """Pairs whose outputs go through Gram-Schmidt, in their order."""
 
     def __init__(self, base: nn.Module, num_experts: int, rank: int, length: str) -> None:
-        super().__init__()
-        in_features, out_features = in_out_features(base)
-        self.num_experts, self.rank, self.length = num_experts, rank, length
-        self.lora_A = uniform(base, num_experts * rank, in_features)
-        start = zeros if length == "kept" else uniform
-        self.lora_B = start(base, num_experts * rank, out_features)
-
-    def down(self) -> Tensor:
-        return self.lora_A
-
-    def up(self, base: nn.Module) -> Tensor:
-        return self.lora_B
+        super().__init__(base, num_experts, rank)
+        self.length = length
+        if length == "unit":
+            self.lora_B = uniform(base, *self.lora_B.shape)
 
     def active_parameters(self, num_active: int) -> int:
         return super().active_parameters(self.num_experts)  # the chosen outputs depend on all

@@ -29,37 +29,11 @@ from ..mixture import (
     LoRAExperts,
     Mixture,
     MixtureLinear,
-    Router,
-    Site,
     Softmax,
-    in_out_features,
+    TokenRouter,
     uniform,
-    zeros,
 )
 from .base import STRICT, Method
-
-
-class MLPRouter(Router):
-    """G_up silu(G x) of each token."""
-
-    reads = frozenset({"token"})
-
-    def __init__(self, base: nn.Module, dim: int, num_experts: int) -> None:
-        super().__init__()
-        self.down = uniform(base, dim, in_out_features(base)[0])
-        self.up = zeros(base, num_experts, dim)
-
-    def rows(self) -> Tensor:
-        return self.down
-
-    def forward(self, x: Tensor, z: Tensor, site: Site) -> Tensor:
-        return F.linear(F.silu(z), self.up.to(z.dtype))
-
-    def active_parameters(self) -> int:
-        return self.down.numel() + self.up.numel()
-
-    def flops_per_token(self) -> int:
-        return 2 * self.active_parameters()
 
 
 class Interaction(Gate):
@@ -98,7 +72,7 @@ class TeamLoRA(Method):
             name: MixtureLinear(
                 base,
                 experts=LoRAExperts(base, self.num_experts, self.rank),
-                router=MLPRouter(base, self.router_dim, self.num_experts),
+                router=TokenRouter(base, self.router_dim, self.num_experts, nn.SiLU()),
                 gate=Interaction(base, self.num_experts),
                 scale=self.alpha / self.rank,
             )

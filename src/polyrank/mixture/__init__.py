@@ -25,6 +25,7 @@ from .context import Route as Route, RouteContext as RouteContext, Site as Site
 from .experts import (
     Experts as Experts,
     LoRAExperts as LoRAExperts,
+    Pairs as Pairs,
     SharedDownExperts as SharedDownExperts,
     SingularExperts as SingularExperts,
     TaskExperts as TaskExperts,

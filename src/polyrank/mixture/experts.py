@@ -34,8 +34,8 @@ class Experts(nn.Module, ABC):
         return trained * num_active // self.num_experts
 
 
-class LoRAExperts(Experts):
-    """E independent pairs (A_e, B_e) of one rank, stacked. A as nn.Linear's default, B zero: starts as the base."""
+class Pairs(Experts):
+    """E pairs (A_e, B_e) of one rank, stacked. A as nn.Linear's default, B zero: starts as the base."""
 
     def __init__(self, base: nn.Module, num_experts: int, rank: int) -> None:
         super().__init__()
@@ -49,6 +49,10 @@ class LoRAExperts(Experts):
 
     def up(self, base: nn.Module) -> Tensor:
         return self.lora_B
+
+
+class LoRAExperts(Pairs):
+    """Pairs that are gated each by itself."""
 
     def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
         if gate is None:

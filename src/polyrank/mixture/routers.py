@@ -109,12 +109,13 @@ class LinearRouter(Router):
 
 
 class TokenRouter(Router):
-    """G_up G x: a linear bottleneck of each token. G as nn.Linear's default, G_up zero at the start."""
+    """G_up f(G x): a bottleneck of each token, linear by default. G as nn.Linear's default, G_up zero at the start."""
 
     reads = frozenset({"token"})
 
-    def __init__(self, base: nn.Module, dim: int, num_experts: int) -> None:
+    def __init__(self, base: nn.Module, dim: int, num_experts: int, activation: nn.Module | None = None) -> None:
         super().__init__()
+        self.activation = nn.Identity() if activation is None else activation
         self.down = uniform(base, dim, in_out_features(base)[0])
         self.up = zeros(base, num_experts, dim)
 
@@ -122,7 +123,7 @@ class TokenRouter(Router):
         return self.down
 
     def forward(self, x: Tensor, z: Tensor, site: Site) -> Tensor:
-        return F.linear(z, self.up.to(z.dtype))
+        return F.linear(self.activation(z), self.up.to(z.dtype))
 
     def active_parameters(self) -> int:
         return self.down.numel() + self.up.numel()
