@@ -16,7 +16,8 @@ SRC = Path(__file__).parent.parent / "src" / "polyrank"
 MAY_IMPORT = {
     "mixture": set(),
     "svd": set(),
-    "methods": {"mixture", "svd"},
+    "clusters": set(),
+    "methods": {"mixture", "svd", "clusters"},
     "targets": {"mixture"},
     "blocks": {"mixture"},
     "summary": {"mixture", "methods"},

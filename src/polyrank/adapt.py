@@ -113,6 +113,11 @@ class Adapter:
 
     # Training.
 
+    @property
+    def settles(self) -> float:
+        """The share of the training before which no state is the one to keep: a router fades, a budget falls."""
+        return self.method.settles
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The adapter's trainable weights; none is the base model's."""
         return (p for _, p in self.named_parameters() if p.requires_grad)
@@ -140,8 +145,8 @@ class Adapter:
         """Tell the method that the gradients of a step are complete, before they are clipped and used.
 
         Args:
-            done: the share of the training that lies behind: 0 at the first step, below 1 at the last. Schedules
-                (fading, rank budgets) follow it.
+            done: the share of the training that is done with this step, 1 at the last one. Schedules (fading, rank
+                budgets) follow it.
         """
         self.method.before_step(self.layers, done)
 

@@ -111,7 +111,7 @@ def train(
                 group["lr"] = group["initial_lr"] * training.rate(step)
             loss, losses = backward_within_memory(run, sampler, corpus, step, training, accelerator, log)
             sum_gradients(parameters, accelerator)
-            adapter.before_step(step / training.steps)
+            adapter.before_step((step + 1) / training.steps)
             norm = gradient_norm(parameters)
             taken = math.isfinite(loss) and math.isfinite(norm)  # sums over all processes, so all of them agree
             if taken:
@@ -210,7 +210,8 @@ def look(
     log.evaluation(step, scores, found)
     if run.combination is not None:
         run.combination.scored(scores)
-    if run.best.offer(step, found):
+    settled = step >= run.adapter.settles * training.steps
+    if run.best.offer(step, found if settled else -math.inf):
         log.history.best_step, log.history.best_score = step, found
 
 

@@ -5,12 +5,16 @@ from .base import Method as Method
 from .c_lorae import CLoRAE as CLoRAE
 from .conditional_mixlora import ConditionalMixLoRA as ConditionalMixLoRA
 from .dora import DoRA as DoRA
+from .emtal import EMTAL as EMTAL
+from .faded import Faded as Faded
+from .fgmoe import FGMoE as FGMoE
 from .hydralora import HydraLoRA as HydraLoRA
 from .lora import LoRA as LoRA
 from .loramoe import LoRAMoE as LoRAMoE
 from .malora import MALoRA as MALoRA
 from .melora import MELoRA as MELoRA
 from .milora import MiLoRA as MiLoRA
+from .mixlora import MixLoRA as MixLoRA
 from .moa import MoA as MoA
 from .mode import MoDE as MoDE
 from .moelora import MOELoRA as MOELoRA
@@ -54,4 +58,8 @@ METHODS: dict[str, type[Method]] = {
     "omoe": OMoE,
     "conditional_mixlora": ConditionalMixLoRA,
     "moa": MoA,
+    "mixlora": MixLoRA,
+    "emtal": EMTAL,
+    "faded": Faded,
+    "fgmoe": FGMoE,
 }
