@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "models": {"files", "mixture", "reader", "tasks"},
     "evaluate": {"corpus", "models", "tasks"},
     "probe": {"models", "tasks"},
+    "retaining": {"models", "tasks"},
 }
 # a room may not import these
 MAY_NOT_IMPORT = {

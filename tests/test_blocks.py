@@ -150,7 +150,7 @@ def test_blocks_alone_can_be_targeted():
 
 
 def test_dropout_stands_where_the_model_has_it():
-    """In training mode, with the same noise, the block's parts and the block are the same: T5 drops inside, GPT-2 after."""
+    """In training, with the same noise, the parts and the block are the same: T5 drops inside, GPT-2 after."""
     for family in ("t5", "gpt2"):
         model = built(family)
         for block in find(model):

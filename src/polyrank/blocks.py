@@ -73,7 +73,7 @@ def _none(model: nn.Module, blocks: list[Block], linears: Mapping[str, nn.Module
 
 def _looks_like_one(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
-    return any(part in name for part in ("mlp", "ffn", "feedforward", "expert"))
+    return any(part in name for part in ("mlp", "glu", "ffn", "feedforward"))
 
 
 def find(model: nn.Module) -> Iterator[Block]:

@@ -12,6 +12,7 @@ from polyrank.checkpoint import Checkpoint, CheckpointError, load_optimizer, new
 from polyrank.combining import Combination
 from polyrank.history import History, Log
 from polyrank.models import MultiTaskModel
+from polyrank.retaining import Retaining
 
 
 class Trainable(Protocol):
@@ -65,9 +66,10 @@ class Running:
         accumulation: int,
         identity: str,
         combination: Combination | None = None,
+        retaining: Retaining | None = None,
     ) -> None:
         """identity: what must be equal in the run that a checkpoint comes from."""
-        self.identity, self.combination = identity, combination
+        self.identity, self.combination, self.retaining = identity, combination, retaining
         self.model, self.adapter, self.optimizer, self.accumulation = model, adapter, optimizer, accumulation
         self.best = Best(model, adapter)
         self.skipped, self.skipped_in_a_row = 0, 0
@@ -81,6 +83,7 @@ class Running:
             "best_heads": self.best.weights["heads"],
             "optimizer": optimizer_tensors(self.optimizer),
             "combiner": {} if self.combination is None else self.combination.state,
+            "retaining": {} if self.retaining is None else self.retaining.state,
         }
         numbers = {
             "best": [self.best.step, self.best.score],
@@ -109,6 +112,8 @@ class Running:
             load_optimizer(self.optimizer, found.tensors.get("optimizer", {}))
             if self.combination is not None:
                 self.combination.state = found.tensors.get("combiner", {})
+            if self.retaining is not None:
+                self.retaining.state = found.tensors.get("retaining", {})
         except (ValueError, RuntimeError, KeyError) as error:
             raise CheckpointError(
                 f"the checkpoint of step {found.step} in {folder} is of another run: {error}"
