@@ -27,6 +27,7 @@ from polyrank.methods import (
     RsLoRA,
     SMoRA,
     TeamLoRA,
+    VBLoRA,
 )
 
 TASKS = ("a", "b", "c")
@@ -57,6 +58,7 @@ METHODS: dict[str, Method] = {
     "moslora": MoSLoRA(rank=4, alpha=8),
     "melora": MELoRA(num_experts=2, rank=2, alpha=4),
     "multilora": MultiLoRA(num_experts=3, rank=2, alpha=4),
+    "vb_lora": VBLoRA(rank=3, num_vectors=7, vector_length=2, bank_bound=0.3, logits_std=0.5),
     "mtl_lora": MTLLoRA(num_experts=3, rank=2, alpha=4, temperature=0.5),
     "mtl_lora-diagonal": MTLLoRA(num_experts=3, rank=2, alpha=4, temperature=0.5, transform="diagonal"),
     "moelora": MOELoRA(num_experts=2, rank=4, alpha=8, task_dim=5),
@@ -85,6 +87,7 @@ TASK, TOKEN = frozenset({"task"}), frozenset({"token"})
 # What the gate of each method reads, written down by hand: the contract's rows follow from it.
 READS: dict[str, frozenset[str]] = {
     **dict.fromkeys(["lora", "rslora", "dora", "pissa", "milora", "moslora", "melora", "multilora"], frozenset()),
+    "vb_lora": frozenset(),
     **dict.fromkeys(["moore-task", "moore_topk-task", "more", "more-none", "more-released"], TASK),
     **dict.fromkeys(["mtl_lora", "mtl_lora-diagonal", "moelora", "moelora-layer", "poly", "poly-splits"], TASK),
     **dict.fromkeys(["moore-token", "moore-released", "moore_topk-token", "c_lorae"], frozenset({"task", "token"})),
@@ -97,7 +100,7 @@ READS: dict[str, frozenset[str]] = {
 STATIC = {name for name, reads in READS.items() if reads <= {"task"}}  # merges
 TASKLESS = {name for name, reads in READS.items() if "task" not in reads}
 FULL_RANK = {"moore-task", "dora"}  # merges, but its delta is no LoRA
-NOT_THE_BASE = {"omoe-unit"}  # at step 0
+NOT_THE_BASE = {"omoe-unit", "vb_lora"}  # at step 0
 NOISY = (Poly,)  # in training
 
 

@@ -130,10 +130,14 @@ def test_size_as_the_paper_lists_it(name):
 
 
 def test_sizes_that_no_single_layer_tells():
-    """MOELoRA's one gate for all layers, MoLA's experts by depth: 3 in q (16 -> 24), 4 in v (24 -> 12)."""
+    """MOELoRA's one gate for all layers, VB-LoRA's one bank; MoLA's experts by depth: 3 in q (16 -> 24), 4 in v
+    (24 -> 12)."""
     _, adapter = adapted(METHODS["moelora"])
     assert trained(adapter) == 4 * (16 + 24) + 4 * (24 + 12) + (3 * 5 + 2 * 5)
     assert trained(adapter) == closed_form(METHODS["moelora"], SHAPES)
+    _, adapter = adapted(METHODS["vb_lora"])  # 3 ranks of sub-vectors of length 2, each with 7 logits
+    assert trained(adapter) == 3 * 7 * (8 + 12) + 3 * 7 * (12 + 6) + 7 * 2
+    assert trained(adapter) == closed_form(METHODS["vb_lora"], SHAPES)
     _, adapter = adapted(METHODS["mola"])
     assert trained(adapter) == 3 * (2 * (16 + 24) + 16) + 4 * (2 * (24 + 12) + 24)
     assert trained(adapter) == closed_form(METHODS["mola"], SHAPES)

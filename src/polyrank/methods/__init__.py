@@ -26,6 +26,7 @@ from .poly import Poly as Poly
 from .rslora import RsLoRA as RsLoRA
 from .smora import SMoRA as SMoRA
 from .teamlora import TeamLoRA as TeamLoRA
+from .vb_lora import VBLoRA as VBLoRA
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
     "moslora": MoSLoRA,
     "melora": MELoRA,
     "multilora": MultiLoRA,
+    "vb_lora": VBLoRA,
     "more": MoRE,
     "mtl_lora": MTLLoRA,
     "moelora": MOELoRA,
