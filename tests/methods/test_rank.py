@@ -94,6 +94,7 @@ WRITTEN = {
     "moslora": lambda I, O, T, K: 4 * I + O * 4 + 4 * 4,
     "melora": lambda I, O, T, K: 2 * (2 * (I // 2) + (O // 2) * 2),
     "multilora": lambda I, O, T, K: 3 * (2 * I) + 3 * (O * 2) + 3 * O,
+    "adalora": lambda I, O, T, K: 4 * I + 4 + O * 4,
     "mtl_lora": lambda I, O, T, K: 2 * I + T * 2 * 2 + 3 * O * 2 + T * 3,
     "mtl_lora-diagonal": lambda I, O, T, K: 2 * I + T * 2 + 3 * O * 2 + T * 3,
     "moelora-layer": lambda I, O, T, K: 2 * (2 * I + O * 2) + T * 5 + 2 * 5,

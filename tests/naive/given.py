@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from polyrank.methods import VBLoRA
+from polyrank.methods import AdaLoRA, VBLoRA
 
 
 def naive_vb_lora(method, p, weight, bias, x, ids):
@@ -32,4 +32,22 @@ def naive_vb_lora(method, p, weight, bias, x, ids):
     return torch.stack(rows).view(*x.shape[:-1], -1), 0.0
 
 
-GIVEN = {VBLoRA: naive_vb_lora}
+def naive_adalora(method, p, weight, bias, x, ids):
+    """y = W x + b + s sum_i lambda_i P_i <Q_i, x>, and how far P and Q are from orthonormal."""
+    q, values, columns = p["experts.lora_A"], p["experts.lora_E"], p["experts.lora_B"]
+    rows = []
+    for sample in x:
+        for token in sample:
+            y = weight @ token + bias
+            for i in range(method.init_rank):
+                y = y + method.alpha / method.init_rank * values[i] * sum(q[i] * token) * columns[i]
+            rows.append(y)
+    far = 0.0
+    for vectors in (q, columns):
+        for i in range(method.init_rank):
+            for j in range(method.init_rank):
+                far = far + (sum(vectors[i] * vectors[j]) - (1.0 if i == j else 0.0)) ** 2
+    return torch.stack(rows).view(*x.shape[:-1], -1), method.orthogonality * far
+
+
+GIVEN = {VBLoRA: naive_vb_lora, AdaLoRA: naive_adalora}

@@ -1,5 +1,6 @@
 """One paper, one file, one frozen dataclass. ``METHODS`` gives the names of recipes and of the command line."""
 
+from .adalora import AdaLoRA as AdaLoRA
 from .ase import ASE as ASE
 from .base import Method as Method
 from .c_lorae import CLoRAE as CLoRAE
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
     "melora": MELoRA,
     "multilora": MultiLoRA,
     "vb_lora": VBLoRA,
+    "adalora": AdaLoRA,
     "more": MoRE,
     "mtl_lora": MTLLoRA,
     "moelora": MOELoRA,
