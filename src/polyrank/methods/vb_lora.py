@@ -14,7 +14,7 @@ It does not start as the base: A and B are both small mixtures of random vectors
 
 Deviations from PEFT's code:
 - Vectors of length 64 by default (theirs 256), which divides the widths of small models too.
-- A saved adapter keeps all logits, so that training can go on (theirs may keep the chosen alone, which only serves).
+- A saved adapter keeps all logits, so that training can go on (theirs can keep the chosen alone, for inference).
 - Dropout is 0 (theirs acts on x).
 """
 
