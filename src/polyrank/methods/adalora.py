@@ -12,7 +12,8 @@ https://arxiv.org/abs/2303.10512
 The layers share a budget of ranks: all start with r, and in the end those that matter more have kept more. A triplet
 that was pruned keeps P_i and Q_i and may come back until `end`.
 
-Choose it instead of LoRA if the layers should not all have the same rank, but you do not know which needs more.
+Choose it instead of LoRA if the layers should not all have the same rank, but you do not know which needs more. P_i and
+Q_i keep about unit length, so lambda alone sets the size of the change: lr may have to be larger than LoRA's.
 
 What importance rests on is kept with the weights, so that a resumed run decides as an uninterrupted one: the saved
 adapter is three times the size of its weights. If the best held-out step comes before `end`, more triplets live.
