@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from polyrank import ASE, Adapter, LoRA, Method, MoORE, MoORETopK, MoRE, adapt
 from polyrank.methods import (
     EMTAL,
+    AdaLoRA,
     CLoRAE,
     ConditionalMixLoRA,
     DoRA,
@@ -31,6 +32,7 @@ from polyrank.methods import (
     RsLoRA,
     SMoRA,
     TeamLoRA,
+    VBLoRA,
 )
 
 TASKS = ("a", "b", "c")
@@ -61,6 +63,8 @@ METHODS: dict[str, Method] = {
     "moslora": MoSLoRA(rank=4, alpha=8),
     "melora": MELoRA(num_experts=2, rank=2, alpha=4),
     "multilora": MultiLoRA(num_experts=3, rank=2, alpha=4),
+    "vb_lora": VBLoRA(rank=3, num_vectors=7, vector_length=2, bank_bound=0.3, logits_std=0.5),
+    "adalora": AdaLoRA(init_rank=4, target_rank=2, alpha=40, begin=0.2, end=0.6, orthogonality=0.5),
     "mtl_lora": MTLLoRA(num_experts=3, rank=2, alpha=4, temperature=0.5),
     "mtl_lora-diagonal": MTLLoRA(num_experts=3, rank=2, alpha=4, temperature=0.5, transform="diagonal"),
     "moelora": MOELoRA(num_experts=2, rank=4, alpha=8, task_dim=5),
@@ -97,6 +101,7 @@ TASK, TOKEN = frozenset({"task"}), frozenset({"token"})
 # What the gate of each method reads, written down by hand: the contract's rows follow from it.
 READS: dict[str, frozenset[str]] = {
     **dict.fromkeys(["lora", "rslora", "dora", "pissa", "milora", "moslora", "melora", "multilora"], frozenset()),
+    **dict.fromkeys(["vb_lora", "adalora"], frozenset()),
     **dict.fromkeys(["moore-task", "moore_topk-task", "more", "more-none", "more-released"], TASK),
     **dict.fromkeys(["mtl_lora", "mtl_lora-diagonal", "moelora", "moelora-layer", "poly", "poly-splits"], TASK),
     **dict.fromkeys(["moore-token", "moore-released", "moore_topk-token", "c_lorae"], frozenset({"task", "token"})),
@@ -111,7 +116,7 @@ READS: dict[str, frozenset[str]] = {
 STATIC = {name for name, reads in READS.items() if reads <= {"task"}}  # merges
 TASKLESS = {name for name, reads in READS.items() if "task" not in reads}
 FULL_RANK = {"moore-task", "dora"}  # merges, but its delta is no LoRA
-NOT_THE_BASE = {"omoe-unit", "mixlora-top_p", "mixlora-switch", "emtal-released"}  # at step 0
+NOT_THE_BASE = {"omoe-unit", "vb_lora", "mixlora-top_p", "mixlora-switch", "emtal-released"}  # at step 0
 NOISY = (Poly,)  # in training
 
 

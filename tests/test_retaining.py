@@ -85,7 +85,7 @@ def test_answers_move_less():
         kept = []
 
         def remember(module: nn.Module, given: object, output: dict, kept: list = kept) -> None:
-            if model.training:
+            if module.training:
                 kept.append({name: answer.logits.detach() for name, answer in output.items()})
 
         model.register_forward_hook(remember)

@@ -100,6 +100,7 @@ WRITTEN = {
     "moslora": lambda I, O, T, K: 4 * I + O * 4 + 4 * 4,
     "melora": lambda I, O, T, K: 2 * (2 * (I // 2) + (O // 2) * 2),
     "multilora": lambda I, O, T, K: 3 * (2 * I) + 3 * (O * 2) + 3 * O,
+    "adalora": lambda I, O, T, K: 4 * I + 4 + O * 4,
     "mtl_lora": lambda I, O, T, K: 2 * I + T * 2 * 2 + 3 * O * 2 + T * 3,
     "mtl_lora-diagonal": lambda I, O, T, K: 2 * I + T * 2 + 3 * O * 2 + T * 3,
     "moelora-layer": lambda I, O, T, K: 2 * (2 * I + O * 2) + T * 5 + 2 * 5,
@@ -153,10 +154,14 @@ def test_size_as_the_paper_lists_it(name):
 
 
 def test_sizes_that_no_single_layer_tells():
-    """MOELoRA's one gate for all layers, MoLA's experts by depth: 3 in q (16 -> 24), 4 in v (24 -> 12)."""
+    """MOELoRA's one gate for all layers, VB-LoRA's one bank; MoLA's experts by depth: 3 in q (16 -> 24), 4 in v
+    (24 -> 12)."""
     _, adapter = adapted(METHODS["moelora"])
     assert trained(adapter) == 4 * (16 + 24) + 4 * (24 + 12) + (3 * 5 + 2 * 5)
     assert trained(adapter) == closed_form(METHODS["moelora"], Net.shapes)
+    _, adapter = adapted(METHODS["vb_lora"])  # 3 ranks of sub-vectors of length 2, each with 7 logits
+    assert trained(adapter) == 3 * 7 * (8 + 12) + 3 * 7 * (12 + 6) + 7 * 2
+    assert trained(adapter) == closed_form(METHODS["vb_lora"], Net.shapes)
     _, adapter = adapted(METHODS["mola"])
     assert trained(adapter) == 3 * (2 * (16 + 24) + 16) + 4 * (2 * (24 + 12) + 24)
     assert trained(adapter) == closed_form(METHODS["mola"], Net.shapes)

@@ -1,5 +1,6 @@
 """One paper, one file, one frozen dataclass. ``METHODS`` gives the names of recipes and of the command line."""
 
+from .adalora import AdaLoRA as AdaLoRA
 from .ase import ASE as ASE
 from .base import Method as Method
 from .c_lorae import CLoRAE as CLoRAE
@@ -30,6 +31,7 @@ from .poly import Poly as Poly
 from .rslora import RsLoRA as RsLoRA
 from .smora import SMoRA as SMoRA
 from .teamlora import TeamLoRA as TeamLoRA
+from .vb_lora import VBLoRA as VBLoRA
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
@@ -40,6 +42,8 @@ METHODS: dict[str, type[Method]] = {
     "moslora": MoSLoRA,
     "melora": MELoRA,
     "multilora": MultiLoRA,
+    "vb_lora": VBLoRA,
+    "adalora": AdaLoRA,
     "more": MoRE,
     "mtl_lora": MTLLoRA,
     "moelora": MOELoRA,
