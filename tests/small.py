@@ -91,9 +91,9 @@ METHODS: dict[str, Method] = {
     "mixlora": MixLoRA(num_experts=4, k=2, rank=2, alpha=4, balance=0.1, z_loss=0.01, std=0.5),
     "mixlora-top_p": MixLoRA(num_experts=3, rank=2, alpha=4, routing="top_p", p=0.6, std=0.5),
     "mixlora-switch": MixLoRA(num_experts=3, rank=2, alpha=4, routing="switch", balance=0, std=0.5),
-    "emtal": EMTAL(num_experts=3, rank=2, alpha=4, temperature=2, fade=(0.5, 1)),
-    "emtal-released": EMTAL(num_experts=3, rank=2, alpha=4, fade=(0.5, 1), start="released"),
-    "fgmoe": FGMoE(num_experts=6, k=2, num_shared=1, rank=2, alpha=4),
+    "emtal": EMTAL(num_experts=4, rank=2, alpha=4, temperature=2, fade=(0.5, 1)),
+    "emtal-released": EMTAL(num_experts=4, rank=2, alpha=4, fade=(0.5, 1), start="released"),
+    "fgmoe": FGMoE(num_experts=8, k=2, num_shared=1, rank=2, alpha=4),
     "faded": Faded(of={"name": "hydralora", "num_experts": 3, "rank": 2, "alpha": 4}, fade=(0.5, 1)),
 }
 BLOCKS = {name for name, method in METHODS.items() if method.ADAPTS == "feed-forward blocks"}
@@ -158,11 +158,11 @@ class BlockNet(Net):
     """With a feed-forward block in the second place."""
 
     targets, site, width = ("q", "v.gate", "v.up", "v.down"), "v", 24
-    shapes = (dict(I=16, O=24, K=16), dict(I=24, H=18, O=12, G=1))
+    shapes = (dict(I=16, O=24, K=16), dict(I=24, H=40, O=12, G=1))
 
     def __init__(self, checkpointed: bool = False) -> None:
         super().__init__(checkpointed)
-        self.v = GLU(24, 18, 12)  # type: ignore[assignment]
+        self.v = GLU(24, 40, 12)  # type: ignore[assignment]
 
 
 def base(method: Method, *, checkpointed: bool = False, dtype: torch.dtype = torch.float32, seed: int = 1) -> Net:

@@ -80,7 +80,7 @@ def find(model: nn.Module) -> Iterator[Block]:
     """Every feed-forward block of a model, in its order."""
     for path, module in model.named_modules():
         inside = _linears(module)
-        if len(inside) in (2, 3) and _takes_hidden_states_alone(module):
+        if path and len(inside) in (2, 3) and _takes_hidden_states_alone(module):
             whole = _whole(path, module, inside)
             if whole is not None:
                 yield whole

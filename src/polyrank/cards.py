@@ -30,6 +30,7 @@ MERGES = {
     "per task": "per task: exactly, into a weight for each",
     "per sample": "per sample: each has a weight of its own, so `merge()` refuses",
     "no": "no: the gate reads each token",
+    "when faded": "static once the router has faded, exactly; before, `merge()` refuses",
 }
 TABLE = "<!-- written by `make cards` -->\n"
 
@@ -67,7 +68,7 @@ def merges(kind: type[Method]) -> str:
     """Static, per task, per sample, or no: what one weight can stand for, with the default fields."""
     read = reads(kind)
     if "token" in read:
-        return "no"
+        return "when faded" if "fade" in explained(kind) else "no"
     if "sample" in read:
         return "per sample"
     return "per task" if read else "static"

@@ -86,7 +86,7 @@ class Running:
             "retaining": {} if self.retaining is None else self.retaining.state,
         }
         numbers = {
-            "best": [self.best.step, self.best.score],
+            "best": [self.best.step, self.best.score if math.isfinite(self.best.score) else None],
             "skipped": [history.skipped, history.skipped_in_a_row],
             "accumulation": self.accumulation,
             "identity": self.identity,
@@ -119,7 +119,8 @@ class Running:
                 f"the checkpoint of step {found.step} in {folder} is of another run: {error}"
             ) from error
         self.best.weights = {name: found.tensors[f"best_{name}"] for name in ("adapter", "heads")}
-        self.best.step, self.best.score = found.numbers["best"]
+        self.best.step, score = found.numbers["best"]
+        self.best.score = -math.inf if score is None else score
         self.skipped, self.skipped_in_a_row = found.numbers["skipped"]
         self.accumulation = found.numbers["accumulation"]
         self.messages.append(f"going on from the checkpoint of step {found.step}")
@@ -127,7 +128,10 @@ class Running:
 
     def start(self, log: Log) -> None:
         """Put into the log what a resumed run starts from."""
-        log.history.best_step, log.history.best_score = self.best.step, self.best.score if self.best.weights else 0.0
+        log.history.best_step, log.history.best_score = (
+            self.best.step,
+            self.best.score if math.isfinite(self.best.score) else 0.0,
+        )
         log.history.skipped, log.history.skipped_in_a_row = self.skipped, self.skipped_in_a_row
         for message in self.messages:
             log.say(message)

@@ -366,7 +366,7 @@ def test_summary_counts(name):
     assert summary.trainable_parameters == sum(p.numel() for p in adapter.parameters())
     assert summary.base_parameters == sum(p.numel() for p in base(METHODS[name]).parameters())
     assert 0 < summary.active_parameters <= summary.trainable_parameters
-    second = 24 * 18 + 24 * 18 + 18 * 12 if name in BLOCKS else 24 * 12
+    second = 24 * 40 + 24 * 40 + 40 * 12 if name in BLOCKS else 24 * 12
     assert summary.flops_per_token > summary.base_flops_per_token == 2 * (16 * 24 + second)
     assert summary.merges.startswith("exactly") == (name in STATIC)
     assert str(summary.trainable_parameters)[-3:] in str(summary)

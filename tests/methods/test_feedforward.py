@@ -9,13 +9,13 @@ from naive import by_name
 from naive.blocks import BLOCKS as NAIVE
 from polyrank import Adapter, adapt
 from polyrank.clusters import balanced_clusters
-from polyrank.methods import EMTAL, Faded, HydraLoRA, MixLoRA
+from polyrank.methods import EMTAL, Faded, FGMoE, HydraLoRA, MixLoRA
 from small import BLOCKS, GLU, IDS, METHODS, BlockNet, Net, adapted, base, disturb, inputs
 
 GATED = pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 
 
-def one_block(method, gated, sizes=(10, 12, 8)):
+def one_block(method, gated, sizes=(10, 16, 8)):
     torch.manual_seed(2)
     net = nn.Sequential(GLU(*sizes, gated=gated)).double()
     frozen = {
@@ -96,8 +96,8 @@ def faded(net, adapter, width):
 @pytest.mark.parametrize(
     "method",
     [
-        EMTAL(num_experts=3, rank=2),
-        EMTAL(num_experts=6, rank=2, fade=(0.3, 1.0), start="released"),
+        EMTAL(num_experts=4, rank=2),
+        EMTAL(num_experts=8, rank=2, fade=(0.3, 1.0), start="released"),
         Faded(of={"name": "hydralora", "num_experts": 3, "rank": 2}),
         Faded(of={"name": "mode", "num_experts": 3, "rank": 4, "block": 2}, fade=(0.0, 1.0)),
         Faded(of={"name": "teamlora", "num_experts": 3, "rank": 2, "router_dim": 4}),
@@ -126,7 +126,7 @@ def test_fades_to_an_exact_plain_model(method, tmp_path):
 
 
 def test_fading_follows_the_training():
-    method = EMTAL(num_experts=3, rank=2, fade=(0.25, 0.75))
+    method = EMTAL(num_experts=4, rank=2, fade=(0.25, 0.75))
     _, adapter = adapted(method)
     kept = []
     for done in (0.1, 0.25, 0.5, 0.625, 0.75, 1.0):
@@ -138,7 +138,7 @@ def test_fading_follows_the_training():
 def test_without_its_router_a_released_emtal_is_the_block_and_loras():
     """a = 0: the gate is 1, and K does not matter."""
     x, found = inputs(4, 5, 16), []
-    for count in (2, 6):
+    for count in (2, 8):
         net, adapter = adapted(EMTAL(num_experts=count, rank=2), trained=False)
         disturb(adapter)
         for layer in adapter.layers.values():
@@ -179,7 +179,7 @@ def test_groups_are_balanced_near_and_the_same_again():
 
 
 def test_sizes_that_do_not_divide_are_refused():
-    for method in (EMTAL(num_experts=5), METHODS["fgmoe"].__class__(num_experts=5)):
+    for method in (EMTAL(num_experts=7), FGMoE(num_experts=7)):
         with pytest.raises(ValueError, match="divi"):
             adapt(BlockNet(), method, tasks=list("abc"))
 

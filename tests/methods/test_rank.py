@@ -132,8 +132,8 @@ WRITTEN = {
 WRITTEN_BLOCKS = {
     "mixlora": lambda I, H, O, T: 4 * (2 * (2 * I + H * 2) + 2 * H + O * 2) + 4 * I,
     "mixlora-top_p": lambda I, H, O, T: 3 * (2 * (2 * I + H * 2) + 2 * H + O * 2) + 3 * I,
-    "emtal": lambda I, H, O, T: 2 * (2 * I + H * 2) + 2 * H + O * 2 + 3 * I,
-    "fgmoe": lambda I, H, O, T: (T + 1) * (2 * (2 * I + H * 2) + 2 * H + O * 2) + T * (5 * I) + T * I,
+    "emtal": lambda I, H, O, T: 2 * (2 * I + H * 2) + 2 * H + O * 2 + 4 * I,
+    "fgmoe": lambda I, H, O, T: (T + 1) * (2 * (2 * I + H * 2) + 2 * H + O * 2) + T * (7 * I) + T * I,
 }
 
 
@@ -141,7 +141,7 @@ WRITTEN_BLOCKS = {
 def test_size_of_a_block_as_the_paper_lists_it(name):
     _, adapter = adapted(METHODS[name])
     own = [sum(p.numel() for k, p in adapter.named_parameters() if k[0] == l and p.requires_grad) for l in "qv"]
-    assert own == [2 * (16 + 24), WRITTEN_BLOCKS[name](24, 18, 12, 3)]  # beside the block, a LoRA of rank 2
+    assert own == [2 * (16 + 24), WRITTEN_BLOCKS[name](24, 40, 12, 3)]  # beside the block, a LoRA of rank 2
 
 
 @pytest.mark.parametrize("name", sorted(WRITTEN))

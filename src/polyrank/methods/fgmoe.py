@@ -1,4 +1,4 @@
-"""FGMoE: Fine-Grained Mixture of Experts for Parameter-Efficient Multi-Task Learning (2025).
+"""FGMoE: Fine-Grained Mixture of Experts for Parameter-Efficient Multi-Task Learning (ACM MM 2025).
 
 https://arxiv.org/abs/2507.19077
 
