@@ -128,10 +128,8 @@ class Running:
 
     def start(self, log: Log) -> None:
         """Put into the log what a resumed run starts from."""
-        log.history.best_step, log.history.best_score = (
-            self.best.step,
-            self.best.score if math.isfinite(self.best.score) else 0.0,
-        )
+        best = self.best.score if math.isfinite(self.best.score) else 0.0
+        log.history.best_step, log.history.best_score = self.best.step, best
         log.history.skipped, log.history.skipped_in_a_row = self.skipped, self.skipped_in_a_row
         for message in self.messages:
             log.say(message)
