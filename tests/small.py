@@ -25,6 +25,7 @@ from polyrank.methods import (
     PiSSA,
     Poly,
     RsLoRA,
+    SMoLA,
     SMoRA,
     TeamLoRA,
 )
@@ -80,6 +81,7 @@ METHODS: dict[str, Method] = {
     "conditional_mixlora": ConditionalMixLoRA(num_experts=5, rank=3, alpha=6),
     "conditional_mixlora-released": ConditionalMixLoRA(num_experts=5, rank=3, alpha=6, selection="released"),
     "moa": MoA(rank=2, alpha=4),
+    "smola": SMoLA(num_experts=3, slots=2, rank=2, alpha=4),
 }
 TASK, TOKEN = frozenset({"task"}), frozenset({"token"})
 # What the gate of each method reads, written down by hand: the contract's rows follow from it.
@@ -93,6 +95,7 @@ READS: dict[str, frozenset[str]] = {
     **dict.fromkeys(["hydralora", "loramoe", "loramoe-kinds", "mola", "malora", "mode", "mode-block"], TOKEN),
     **dict.fromkeys(["smora", "smora-softmax", "smora-biased", "teamlora", "omoe", "omoe-unit"], TOKEN),
     **dict.fromkeys(["conditional_mixlora", "conditional_mixlora-released"], frozenset({"sample"})),
+    "smola": frozenset({"sample", "token"}),
 }
 STATIC = {name for name, reads in READS.items() if reads <= {"task"}}  # merges
 TASKLESS = {name for name, reads in READS.items() if "task" not in reads}

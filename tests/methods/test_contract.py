@@ -149,12 +149,14 @@ def test_mixed_batch_equals_one_batch_for_each_task(name):
 
 @every
 def test_ids_of_each_token(name):
-    """A server flattens requests into one row. Pooling routers cannot tell the requests apart there."""
+    """A server flattens requests into one row. What reads whole samples cannot tell the requests apart: refused."""
     net, _ = adapted(METHODS[name])
     net.eval()
     x = inputs(4, 1, 16)
     alone = net(x, task_ids=IDS)
     if "sample" in READS[name]:
+        with pytest.raises(ValueError, match="flatten several requests"):
+            net(x.reshape(1, 4, 16), task_ids=IDS.view(1, 4))
         return
     flat = net(x.reshape(1, 4, 16), task_ids=IDS.view(1, 4))
     assert_close(flat.view(4, 1, 3), alone, atol=1e-5, rtol=1e-5)

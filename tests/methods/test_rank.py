@@ -112,6 +112,7 @@ WRITTEN = {
     "conditional_mixlora": lambda I, O, T, K: 5 * I + 5 * O + (5 * I + 5 * I) + 3 * 5 * I,
     "conditional_mixlora-released": lambda I, O, T, K: 5 * I + 5 * O,
     "moa": lambda I, O, T, K: T * (2 * I + O * 2) + T * I,
+    "smola": lambda I, O, T, K: 3 * (2 * I + O * 2) + 3 * 2 * I,
     "ase": lambda I, O, T, K: 6 * (2 * I + O * 2) + T * 6 * I,
     "more": lambda I, O, T, K: 6 * I + O * 6 + T * I + 6 * I + 6,
     "moore-token": lambda I, O, T, K: 4 * I + T * 6 + K * 6 + 5 * I + K * 5,
