@@ -28,7 +28,9 @@ from polyrank.methods import (
     SMoLA,
     SMoRA,
     TeamLoRA,
+    XLoRA,
 )
+from polyrank.mixture import MixtureLinear, TaskExperts
 
 TASKS = ("a", "b", "c")
 IDS = torch.tensor([0, 2, 1, 2])
@@ -82,6 +84,8 @@ METHODS: dict[str, Method] = {
     "conditional_mixlora-released": ConditionalMixLoRA(num_experts=5, rank=3, alpha=6, selection="released"),
     "moa": MoA(rank=2, alpha=4),
     "smola": SMoLA(num_experts=3, slots=2, rank=2, alpha=4),
+    "xlora": XLoRA(rank=2, alpha=4, temperature=0.5),
+    "xlora-top": XLoRA(rank=2, alpha=4, k=2, hidden=5),
 }
 TASK, TOKEN = frozenset({"task"}), frozenset({"token"})
 # What the gate of each method reads, written down by hand: the contract's rows follow from it.
@@ -94,6 +98,7 @@ READS: dict[str, frozenset[str]] = {
     **dict.fromkeys(["moore-sample", "moore_topk-sample", "moa"], frozenset({"task", "sample"})),
     **dict.fromkeys(["hydralora", "loramoe", "loramoe-kinds", "mola", "malora", "mode", "mode-block"], TOKEN),
     **dict.fromkeys(["smora", "smora-softmax", "smora-biased", "teamlora", "omoe", "omoe-unit"], TOKEN),
+    **dict.fromkeys(["xlora", "xlora-top"], TOKEN),
     **dict.fromkeys(["conditional_mixlora", "conditional_mixlora-released"], frozenset({"sample"})),
     "smola": frozenset({"sample", "token"}),
 }
@@ -102,6 +107,8 @@ TASKLESS = {name for name, reads in READS.items() if "task" not in reads}
 FULL_RANK = {"moore-task", "dora"}  # merges, but its delta is no LoRA
 NOT_THE_BASE = {"omoe-unit"}  # at step 0
 NOISY = (Poly,)  # in training
+TWO_FORWARDS = {"xlora", "xlora-top"}  # the base model runs once more, before: their layers do nothing alone
+BANKED = {"xlora", "xlora-top"}  # of LoRAs that are given and frozen: with none they are the base, and learn nothing
 
 
 class Net(nn.Module):
@@ -135,10 +142,22 @@ def adapted(
     net = Net(checkpointed).to(dtype)
     adapter = adapt(net, method, tasks=TASKS, targets=["q", "v"])
     if trained:
+        fill_bank(adapter)
         disturb(adapter)
     if isinstance(method, NOISY):  # in training: the contract compares forwards
         net.eval()
     return net, adapter
+
+
+@torch.no_grad()
+def fill_bank(adapter: Adapter) -> None:
+    """LoRAs for a method that is given them; nothing for the others."""
+    generator = torch.Generator().manual_seed(6)
+    for layer in adapter.layers.values():
+        if isinstance(layer, MixtureLinear) and isinstance(layer.experts, TaskExperts):
+            for p in layer.experts.parameters():
+                if not p.requires_grad:
+                    p.add_(0.3 * torch.randn(p.shape, generator=generator).to(p))
 
 
 def disturb(adapter: Adapter, by: float = 0.3) -> None:

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from naive import NAIVE, svd
 from polyrank import adapt
-from small import IDS, METHODS, NOISY, inputs
+from small import IDS, METHODS, NOISY, fill_bank, inputs
 
 SHAPES = {"wide": (10, 14), "tall": (14, 10), "square": (12, 12)}
 
@@ -53,6 +53,7 @@ def test_equals_the_equation(name, shape):
     torch.manual_seed(2)
     net = nn.Sequential(nn.Linear(*SHAPES[shape], bias=shape != "square")).double()
     adapter = adapt(net, method, tasks=list("abc"), targets="0")
+    fill_bank(adapter)
     net.train(not isinstance(method, NOISY))
     optimizer = torch.optim.SGD(adapter.parameters(), 0.3)
     for step in range(5):
@@ -76,6 +77,7 @@ def test_equals_the_equation_under_autocast(name):
     torch.manual_seed(2)
     net = nn.Sequential(nn.Linear(48, 32))
     adapter = adapt(net, method, tasks=list("abc"), targets="0")
+    fill_bank(adapter)
     net.train(not isinstance(method, NOISY))
     optimizer = torch.optim.SGD(adapter.parameters(), 0.3)
     for step in range(3):

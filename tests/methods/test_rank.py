@@ -131,13 +131,17 @@ def test_size_as_the_paper_lists_it(name):
 
 
 def test_sizes_that_no_single_layer_tells():
-    """MOELoRA's one gate for all layers, MoLA's experts by depth: 3 in q (16 -> 24), 4 in v (24 -> 12)."""
+    """MOELoRA's one gate and X-LoRA's classifier; MoLA's experts by depth: 3 in q (16 -> 24), 4 in v (24 -> 12)."""
     _, adapter = adapted(METHODS["moelora"])
     assert trained(adapter) == 4 * (16 + 24) + 4 * (24 + 12) + (3 * 5 + 2 * 5)
     assert trained(adapter) == closed_form(METHODS["moelora"], SHAPES)
     _, adapter = adapted(METHODS["mola"])
     assert trained(adapter) == 3 * (2 * (16 + 24) + 16) + 4 * (2 * (24 + 12) + 24)
     assert trained(adapter) == closed_form(METHODS["mola"], SHAPES)
+    _, adapter = adapted(METHODS["xlora"])  # two layers of three LoRAs: logits of the 16 inputs of q, with biases
+    assert trained(adapter) == 2 * 3 * 16 + 2 * 3
+    _, adapter = adapted(METHODS["xlora-top"])  # five hidden units between
+    assert trained(adapter) == 5 * 16 + 2 * 3 * 5 + 2 * 3
 
 
 def test_malora_saves_what_its_paper_says():

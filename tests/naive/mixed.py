@@ -1,10 +1,10 @@
-"""Methods whose layers need more than their own token: soft slots over a sample, as loops."""
+"""Methods whose layers need more than their own token: soft slots over a sample, scalings of another forward."""
 
 import torch
 
-from polyrank.methods import SMoLA
+from polyrank.methods import SMoLA, XLoRA
 
-from .by_token import like, softmax, through_lora
+from .by_token import best, like, softmax, through_lora
 
 
 def naive_smola(method, p, weight, bias, x, ids, mask=None, modality_ids=None):
@@ -33,4 +33,23 @@ def naive_smola(method, p, weight, bias, x, ids, mask=None, modality_ids=None):
     return like(x, out), 0.0
 
 
-MIXED = {SMoLA: naive_smola}
+def naive_xlora(method, p, weight, bias, x, ids):
+    """One layer: in the extra forward it is the first, so the classifier reads its input."""
+    out, loras = [], p["experts.lora_A"]
+    for token in x.flatten(0, 1):
+        h = token
+        if method.hidden:
+            h = torch.stack([torch.dot(row, token).clamp(min=0) for row in p["router.classifier.down"]])
+        q, c = p["router.classifier.weight"], p["router.classifier.bias"]
+        scalings = softmax([(torch.dot(q[e], h) + c[e]) / method.temperature for e in range(len(loras))])
+        kept = best([scalings[e] for e in range(len(loras))], method.k or len(loras))
+        y = weight @ token + bias
+        for e in kept:
+            scaled = scalings[e] * token
+            for a, b in zip(loras[e], p["experts.lora_B"][e], strict=True):
+                y = y + method.alpha / method.rank * b * torch.dot(a, scaled)
+        out.append(y)
+    return like(x, out), 0.0
+
+
+MIXED = {SMoLA: naive_smola, XLoRA: naive_xlora}

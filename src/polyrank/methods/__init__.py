@@ -27,6 +27,7 @@ from .rslora import RsLoRA as RsLoRA
 from .smola import SMoLA as SMoLA
 from .smora import SMoRA as SMoRA
 from .teamlora import TeamLoRA as TeamLoRA
+from .xlora import XLoRA as XLoRA
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
@@ -56,4 +57,5 @@ METHODS: dict[str, type[Method]] = {
     "conditional_mixlora": ConditionalMixLoRA,
     "moa": MoA,
     "smola": SMoLA,
+    "xlora": XLoRA,
 }
