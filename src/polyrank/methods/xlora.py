@@ -94,7 +94,7 @@ class Classifier(nn.Module):
         route.once[HIDDEN] = torch.empty(0)
         modes = [(part, part.training) for part in model.modules()]
         device = self.weight.device.type
-        caster = torch.autocast(  # copies of weights that were cast without gradient must not be met again
+        caster = torch.autocast(  # older torch would meet weights that were cast without gradient (pytorch 112583)
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
         )
         try:
