@@ -52,7 +52,7 @@ class SlotExperts(Pairs):
         logits = gate.reshape(*shape, self.slots)  # (B, S, G, E, P)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         inside = inside[..., None, None]
-        # a finite low value: in a group without a token gradients are finite, and ``combine`` makes nothing of its slots
+        # a finite low value: gradients stay finite in a group without a token; ``combine`` makes nothing of its slots
         dispatch = logits.masked_fill(~inside, torch.finfo(logits.dtype).min).softmax(1)
         combine = logits.flatten(-2).softmax(-1).view_as(logits) * inside
         ranks = z.reshape(*shape, self.rank)  # (B, S, G, E, r)

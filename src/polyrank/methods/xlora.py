@@ -1,6 +1,7 @@
 """X-LoRA: Mixture of Low-Rank Adapter Experts, a Flexible Framework for Large Language Models (Buehler et al., 2024).
 
-E. L. Buehler and M. J. Buehler. https://arxiv.org/abs/2402.07148
+The title goes on: with Applications in Protein Mechanics and Molecular Design. By E. L. Buehler and M. J. Buehler.
+https://arxiv.org/abs/2402.07148
 
     y = W x + b + (alpha / r) sum_e B_e A_e (s_le x)    in layer l, of each token
     s_l = softmax(Q_l h / temperature) over the LoRAs,    h the token's state in an extra forward of the base model
@@ -14,7 +15,7 @@ bank first. With an empty bank the model is the base, and nothing can be learnt.
 
 Deviations from the released code:
 - h is the input of the last adapted layer that is as wide as the first one's: the model may be any module, whose last
-  hidden state has no name. In a transformer that is half a block, or a block, before the last hidden state, theirs.
+  hidden state (theirs) has no name. With every layer of a transformer targeted it is half a block before that.
 - Every layer has scalings of its own (an option there; by default all layers have the same).
 - Q starts with bias 0. Hidden units are rectified (theirs only if asked). The extra forward has no dropout.
 - Encoder and decoder of one model cannot be adapted together: their tokens differ.
