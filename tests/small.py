@@ -30,10 +30,13 @@ from polyrank.methods import (
     PiSSA,
     Poly,
     RsLoRA,
+    SMoLA,
     SMoRA,
     TeamLoRA,
     VBLoRA,
+    XLoRA,
 )
+from polyrank.mixture import MixtureLinear, TaskExperts
 
 TASKS = ("a", "b", "c")
 IDS = torch.tensor([0, 2, 1, 2])
@@ -95,6 +98,9 @@ METHODS: dict[str, Method] = {
     "emtal-released": EMTAL(num_experts=4, rank=2, alpha=4, fade=(0.5, 1), start="released"),
     "fgmoe": FGMoE(num_experts=8, k=2, num_shared=1, rank=2, alpha=4),
     "faded": Faded(of={"name": "hydralora", "num_experts": 3, "rank": 2, "alpha": 4}, fade=(0.5, 1)),
+    "smola": SMoLA(num_experts=3, slots=2, rank=2, alpha=4),
+    "xlora": XLoRA(rank=2, alpha=4, temperature=0.5),
+    "xlora-top": XLoRA(rank=2, alpha=4, k=2, hidden=5),
 }
 BLOCKS = {name for name, method in METHODS.items() if method.ADAPTS == "feed-forward blocks"}
 TASK, TOKEN = frozenset({"task"}), frozenset({"token"})
@@ -111,13 +117,17 @@ READS: dict[str, frozenset[str]] = {
     **dict.fromkeys(["smora", "smora-softmax", "smora-biased", "teamlora", "omoe", "omoe-unit"], TOKEN),
     **dict.fromkeys(["mixlora", "mixlora-top_p", "mixlora-switch", "emtal", "emtal-released", "faded"], TOKEN),
     "fgmoe": frozenset({"task", "token"}),
+    **dict.fromkeys(["xlora", "xlora-top"], TOKEN),
     **dict.fromkeys(["conditional_mixlora", "conditional_mixlora-released"], frozenset({"sample"})),
+    "smola": frozenset({"sample", "token"}),
 }
 STATIC = {name for name, reads in READS.items() if reads <= {"task"}}  # merges
 TASKLESS = {name for name, reads in READS.items() if "task" not in reads}
 FULL_RANK = {"moore-task", "dora"}  # merges, but its delta is no LoRA
 NOT_THE_BASE = {"omoe-unit", "vb_lora", "mixlora-top_p", "mixlora-switch", "emtal-released"}  # at step 0
 NOISY = (Poly,)  # in training
+TWO_FORWARDS = {"xlora", "xlora-top"}  # the base model runs once more, before: their layers do nothing alone
+BANKED = {"xlora", "xlora-top"}  # of LoRAs that are given and frozen: with none they are the base, and learn nothing
 
 
 class Net(nn.Module):
@@ -183,10 +193,22 @@ def adapted(
     net = base(method, checkpointed=checkpointed, dtype=dtype, seed=seed)
     adapter = adapt(net, method, tasks=TASKS, targets=net.targets)
     if trained:
+        fill_bank(adapter)
         disturb(adapter)
     if isinstance(method, NOISY):  # in training: the contract compares forwards
         net.eval()
     return net, adapter
+
+
+@torch.no_grad()
+def fill_bank(adapter: Adapter) -> None:
+    """LoRAs for a method that is given them; nothing for the others."""
+    generator = torch.Generator().manual_seed(6)
+    for layer in adapter.layers.values():
+        if isinstance(layer, MixtureLinear) and isinstance(layer.experts, TaskExperts):
+            for p in layer.experts.parameters():
+                if not p.requires_grad:
+                    p.add_(0.3 * torch.randn(p.shape, generator=generator).to(p))
 
 
 def disturb(adapter: Adapter, by: float = 0.3) -> None:

@@ -65,8 +65,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_moa_trains_its_bank_first(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    recipe = read_recipe(recipe_file, ["method={name: moa, rank: 2}"])
+@pytest.mark.parametrize("name", ["moa", "xlora"])
+def test_a_bank_is_trained_first(name: str, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = read_recipe(recipe_file, [f"method={{name: {name}, rank: 2}}"])
     seen = []
     honest = training.build_optimizer
 
@@ -75,7 +76,7 @@ def test_moa_trains_its_bank_first(recipe_file: Path, tmp_path: Path, monkeypatc
         return honest(model, adapter, settings)
 
     monkeypatch.setattr(training, "build_optimizer", spied)
-    run(recipe, progress=False)
+    finished = run(recipe, progress=False)
     assert [tasks for tasks, _ in seen] == [("mood",), ("pet",), ("mood", "pet")]
     start = seen[-1][1]
     for i, task in enumerate(("mood", "pet")):
@@ -85,6 +86,9 @@ def test_moa_trains_its_bank_first(recipe_file: Path, tmp_path: Path, monkeypatc
                 joined = start[f"{layer}.experts.{part}.rows.{i}"]
                 assert torch.equal(joined, alone.state_dict()[f"{layer}.experts.{part}"])
                 assert part == "lora_A" or joined.abs().max() > 0
+    moved = {key for key, p in finished.adapter.state_dict().items() if not torch.equal(p, start[key])}
+    assert any("router" in key for key in moved)
+    assert any("experts" in key for key in moved) == (name == "moa")  # X-LoRA's stay as they are
 
 
 @pytest.mark.parametrize("steps", [1, 4, 7], ids=["first bank", "second bank", "the mixture"])

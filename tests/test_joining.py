@@ -6,7 +6,7 @@ import torch
 import polyrank.methods.base as methods_base
 from polyrank import Adapter, LoRA, adapt
 from polyrank.methods import MELoRA, MoA, PiSSA
-from small import IDS, METHODS, TASKLESS, TASKS, Net, adapted, inputs
+from small import BANKED, IDS, METHODS, TASKLESS, TASKS, Net, adapted, base, inputs
 
 NEW = torch.full((4,), 3)
 BY_TASK = sorted(set(METHODS) - TASKLESS)
@@ -36,8 +36,7 @@ def test_old_tasks_stay_bitwise_the_same(name, tmp_path):
     assert torch.equal(net(x, task_ids=IDS), before)
     assert not torch.allclose(net(x, task_ids=NEW), before, atol=1e-3)
     adapter.save(tmp_path / "adapter")
-    torch.manual_seed(1)
-    fresh = Net()
+    fresh = base(METHODS[name])
     Adapter.load(tmp_path / "adapter", fresh)
     fresh.train(net.training)
     assert torch.equal(fresh(x, task_ids=NEW), net(x, task_ids=NEW))
@@ -65,7 +64,7 @@ def test_everything_may_train_on():
     assert not torch.allclose(net(inputs(4, 5, 16), task_ids=IDS), before, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(TASKLESS))
+@pytest.mark.parametrize("name", sorted(TASKLESS - BANKED))
 def test_a_method_without_parts_of_a_task_says_so(name):
     net, adapter = adapted(METHODS[name])
     y = net(inputs(4, 5, 16), task_ids=IDS)
@@ -74,6 +73,17 @@ def test_a_method_without_parts_of_a_task_says_so(name):
     assert adapter.tasks == TASKS
     adapter.add_task("d", freeze=False)
     assert torch.equal(net(inputs(4, 5, 16), task_ids=IDS), y)
+
+
+@pytest.mark.parametrize("name", sorted(BANKED))
+def test_a_classifier_of_given_loras_takes_no_more_of_them(name):
+    net, adapter = adapted(METHODS[name])
+    y = net(inputs(4, 5, 16))
+    for freeze in (True, False):
+        with pytest.raises(ValueError, match="size depends on the number of tasks"):
+            adapter.add_task("d", freeze=freeze)
+    assert adapter.tasks == TASKS
+    assert torch.equal(net(inputs(4, 5, 16)), y)
 
 
 @pytest.mark.parametrize("name", ["A", "a", "x/y", ""])

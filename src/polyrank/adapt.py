@@ -200,7 +200,7 @@ class Adapter:
                 p.requires_grad_(p in own)
 
     def load_bank(self, bank: Mapping[str, str | Path]) -> None:
-        """Put saved adapters, one for each task named, where the method keeps the tasks' experts (MoA).
+        """Put saved adapters, one for each task named, where the method keeps the tasks' experts (MoA, X-LoRA).
 
         Raises:
             FileNotFoundError: no adapter there.

@@ -22,6 +22,7 @@ READS = {
     frozenset({"task"}): "the task",
     frozenset({"token"}): "the token",
     frozenset({"sample"}): "the sample",
+    frozenset({"sample", "token"}): "the sample and the token",
     frozenset({"task", "token"}): "the task and the token",
     frozenset({"task", "sample"}): "the task and the sample",
 }

@@ -92,5 +92,5 @@ def put_experts(layers: Mapping[str, Mixture], bank: Mapping[int, Mapping[str, t
         for name, (a, b) in loras.items():
             layer = layers[name]
             if not isinstance(layer, MixtureLinear) or not isinstance(layer.experts, TaskExperts):
-                raise ValueError(f"{name}: this method has no bank of one expert for each task: take MoA")
+                raise ValueError(f"{name}: this method has no bank of one expert for each task: take MoA or X-LoRA")
             layer.experts.put(task, a, b / layer.scale)

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from naive import NAIVE, by_name, svd
 from polyrank import adapt
-from small import BLOCKS, IDS, METHODS, NOISY, inputs
+from small import BLOCKS, IDS, METHODS, NOISY, fill_bank, inputs
 
 SHAPES = {"wide": (10, 14), "tall": (14, 10), "square": (12, 12)}
 
@@ -45,6 +45,7 @@ def test_equals_the_equation(name, shape):
     torch.manual_seed(2)
     net = nn.Sequential(nn.Linear(*SHAPES[shape], bias=shape != "square")).double()
     adapter = adapt(net, method, tasks=list("abc"), targets="0")
+    fill_bank(adapter)
     net.train(not isinstance(method, NOISY))
     optimizer = torch.optim.SGD(adapter.parameters(), 0.3)
     for step in range(5):
@@ -68,6 +69,7 @@ def test_equals_the_equation_under_autocast(name):
     torch.manual_seed(2)
     net = nn.Sequential(nn.Linear(48, 32))
     adapter = adapt(net, method, tasks=list("abc"), targets="0")
+    fill_bank(adapter)
     net.train(not isinstance(method, NOISY))
     optimizer = torch.optim.SGD(adapter.parameters(), 0.3)
     for step in range(3):

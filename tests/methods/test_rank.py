@@ -120,6 +120,7 @@ WRITTEN = {
     "conditional_mixlora-released": lambda I, O, T, K: 5 * I + 5 * O,
     "moa": lambda I, O, T, K: T * (2 * I + O * 2) + T * I,
     "faded": lambda I, O, T, K: 2 * I + 3 * O * 2 + 3 * I,
+    "smola": lambda I, O, T, K: 3 * (2 * I + O * 2) + 3 * 2 * I,
     "ase": lambda I, O, T, K: 6 * (2 * I + O * 2) + T * 6 * I,
     "more": lambda I, O, T, K: 6 * I + O * 6 + T * I + 6 * I + 6,
     "moore-token": lambda I, O, T, K: 4 * I + T * 6 + K * 6 + 5 * I + K * 5,
@@ -154,8 +155,8 @@ def test_size_as_the_paper_lists_it(name):
 
 
 def test_sizes_that_no_single_layer_tells():
-    """MOELoRA's one gate for all layers, VB-LoRA's one bank; MoLA's experts by depth: 3 in q (16 -> 24), 4 in v
-    (24 -> 12)."""
+    """MOELoRA's one gate for all layers, VB-LoRA's one bank, X-LoRA's one classifier; MoLA's experts by depth: 3 in q
+    (16 -> 24), 4 in v (24 -> 12)."""
     _, adapter = adapted(METHODS["moelora"])
     assert trained(adapter) == 4 * (16 + 24) + 4 * (24 + 12) + (3 * 5 + 2 * 5)
     assert trained(adapter) == closed_form(METHODS["moelora"], Net.shapes)
@@ -165,6 +166,10 @@ def test_sizes_that_no_single_layer_tells():
     _, adapter = adapted(METHODS["mola"])
     assert trained(adapter) == 3 * (2 * (16 + 24) + 16) + 4 * (2 * (24 + 12) + 24)
     assert trained(adapter) == closed_form(METHODS["mola"], Net.shapes)
+    _, adapter = adapted(METHODS["xlora"])  # two layers of three LoRAs: logits of the 16 inputs of q, with biases
+    assert trained(adapter) == 2 * 3 * 16 + 2 * 3
+    _, adapter = adapted(METHODS["xlora-top"])  # five hidden units between
+    assert trained(adapter) == 5 * 16 + 2 * 3 * 5 + 2 * 3
 
 
 def test_malora_saves_what_its_paper_says():

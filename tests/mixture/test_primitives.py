@@ -93,6 +93,15 @@ def test_a_dtype_that_linear_would_refuse_is_refused():
     assert base_shrink(x, weight, bias, a.double())[1].dtype == torch.float32  # masters are cast down, not x up
 
 
+def test_compile_whole_without_a_graph():
+    """As at inference: the change in place is traced there too."""
+    operand = operands((4, 6))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(fast, backend="aot_eager", fullgraph=True)(*operand)
+        assert_close(got, naive(*operand), atol=1e-12, rtol=1e-12)
+
+
 def test_nothing_wide_is_saved_beside_x():
     """What autograd keeps: x once, the thin matrices, and (tokens, R) tensors; no (tokens, width) other than x."""
     tokens, width, rank = 64, 96, 4

@@ -29,9 +29,11 @@ from .omoe import OMoE as OMoE
 from .pissa import PiSSA as PiSSA
 from .poly import Poly as Poly
 from .rslora import RsLoRA as RsLoRA
+from .smola import SMoLA as SMoLA
 from .smora import SMoRA as SMoRA
 from .teamlora import TeamLoRA as TeamLoRA
 from .vb_lora import VBLoRA as VBLoRA
+from .xlora import XLoRA as XLoRA
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
@@ -66,4 +68,6 @@ METHODS: dict[str, type[Method]] = {
     "emtal": EMTAL,
     "faded": Faded,
     "fgmoe": FGMoE,
+    "smola": SMoLA,
+    "xlora": XLoRA,
 }

@@ -98,7 +98,8 @@ class TaskExperts(Experts):
         mine[1][: len(b)] = b
 
     def active_parameters(self, num_active: int) -> int:
-        return self.lora_A.row_numel() + self.lora_B.row_numel()
+        pairs = zip(self.lora_A.each(), self.lora_B.each(), strict=True)  # some may train while others rest
+        return max(sum(p.numel() for p in pair if p.requires_grad) for pair in pairs)
 
 
 class SharedDownExperts(Experts):

@@ -45,8 +45,7 @@ class _Expand(torch.autograd.Function):
     def forward(ctx: FunctionCtx, y: Tensor, q: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(q, b)
         ctx.mark_dirty(y)
-        y.view(-1, y.shape[-1]).addmm_(q.reshape(-1, q.shape[-1]), b)
-        return y
+        return _add_product_(y, q, b)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -82,4 +81,12 @@ def base_shrink(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor) -> tu
 
 def expand_(y: Tensor, q: Tensor, b: Tensor) -> Tensor:
     """Add ``q b`` to ``y`` in place and return it. y: (..., O), contiguous; q: (..., R); b: (R, O)."""
-    return _Expand.apply(y, q.to(y.dtype), b.to(y.dtype))  # type: ignore[return-value]
+    q, b = q.to(y.dtype), b.to(y.dtype)
+    if not torch.is_grad_enabled():  # the same product: without a graph, torch.compile cannot trace a change in place
+        return _add_product_(y, q, b)
+    return _Expand.apply(y, q, b)  # type: ignore[return-value]
+
+
+def _add_product_(y: Tensor, q: Tensor, b: Tensor) -> Tensor:
+    y.view(-1, y.shape[-1]).addmm_(q.reshape(-1, q.shape[-1]), b)
+    return y
