@@ -11,6 +11,7 @@ from .loramoe import LoRAMoE as LoRAMoE
 from .malora import MALoRA as MALoRA
 from .melora import MELoRA as MELoRA
 from .milora import MiLoRA as MiLoRA
+from .mmolre import MMoLRE as MMoLRE
 from .moa import MoA as MoA
 from .mode import MoDE as MoDE
 from .moelora import MOELoRA as MOELoRA
