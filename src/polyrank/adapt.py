@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from . import targets as target_names
+from .blocks import Block, group
 from .files import Fingerprint, checked_name, difference, fingerprint, read_folder, write_folder
 from .joining import put_experts, saved_loras, task_parts, with_task
 from .methods import Method
@@ -30,19 +32,55 @@ class Adapter:
         layers: dict[str, Mixture],
         base: Fingerprint,
         trained: set[str],
+        blocks: Sequence[Block] = (),
     ) -> None:
         self.model, self.method, self.context, self.layers = model, method, context, layers
         self.base_fingerprint = base
         self._trained = trained  # base parameters that were trainable before
+        self._blocks = {block.name: block for block in blocks}
+        self._before = {place: model.get_submodule(place) for place in self._places()}  # what stood there
         self._released: Path | None = None  # where the base's weights are, if they left memory
         self._hooks = [
             model.register_forward_pre_hook(context.enter, with_kwargs=True),
             model.register_forward_hook(context.leave, always_call=True),
         ]
+        self._attached: list[RemovableHandle] = []
+        try:
+            self._put_in(layers)
+        except BaseException:
+            self._unhook()
+            raise
+
+    def _put_in(self, layers: dict[str, Mixture]) -> None:
+        attached = list(self.method.attach(self.model, layers))
+        for hook in self._attached:
+            hook.remove()
+        self._attached, self.layers = attached, layers
+        for name, layer in layers.items():
+            self.model.set_submodule(name, layer)
+        for place in self._before.keys() - layers.keys():  # a block's last linear layer, which the block runs itself
+            self.model.set_submodule(place, nn.Identity())
+
+    def _unhook(self) -> None:
+        for hook in [*self._hooks, *self._attached]:
+            hook.remove()
+        self._hooks, self._attached = [], []
 
     @property
     def tasks(self) -> tuple[str, ...]:
         return self.context.tasks
+
+    def _places(self) -> list[str]:
+        """Where the model was changed: the layers, and what their blocks have elsewhere in it."""
+        return [*self.layers, *(name for block in self._blocks.values() for name in block.elsewhere)]
+
+    def _linears(self) -> list[str]:
+        """The names of all adapted linear layers."""
+        return [
+            linear
+            for name in self.layers
+            for linear in (self._blocks[name].linears if name in self._blocks else [name])
+        ]
 
     def _in_place(self) -> None:
         if not self.layers:
@@ -98,9 +136,22 @@ class Adapter:
         self._in_place()
         return self.method.param_groups(self.layers, lr, weight_decay)
 
+    def before_step(self, done: float) -> None:
+        """Tell the method that the gradients of a step are complete, before they are clipped and used.
+
+        Args:
+            done: the share of the training that lies behind: 0 at the first step, below 1 at the last. Schedules
+                (fading, rank budgets) follow it.
+        """
+        self.method.before_step(self.layers, done)
+
     def after_step(self) -> None:
         """Tell the method that the optimiser has made a step."""
         self.method.after_step(self.layers)
+
+    def after_task(self) -> None:
+        """Tell the method that a task is over, where tasks are trained one after the other."""
+        self.method.after_task(self.layers)
 
     def enable_checkpointing(self) -> None:
         """Activation checkpointing of a Hugging Face model, with the route captured.
@@ -152,9 +203,8 @@ class Adapter:
                 f"{self.method} keeps nothing of a task's own, so nothing would be trained: add the task with "
                 "freeze=False, or take a method that routes by task"
             )
-        for name, layer in grown.items():
-            self.model.set_submodule(name, layer)
-        self.layers, self.context.tasks = grown, (*self.tasks, task)
+        self._put_in(grown)
+        self.context.tasks = (*self.tasks, task)
         if freeze:
             for p in self.parameters():
                 p.requires_grad_(p in own)
@@ -210,7 +260,7 @@ class Adapter:
             "polyrank": "adapter",
             "method": method_fields(self.method),
             "tasks": list(self.tasks),
-            "layers": list(self.layers),
+            "layers": self._linears(),
             "with_factors": with_factors,
             "base": self.base_fingerprint,
         }
@@ -281,13 +331,12 @@ class Adapter:
     def remove(self) -> nn.Module:
         """Take the adapter out: the model is the base again, module for module and bit for bit."""
         self._restore_base()
-        for name, layer in self.layers.items():
-            self.model.set_submodule(name, layer.base)
-        for hook in self._hooks:
-            hook.remove()
+        for place, module in self._before.items():
+            self.model.set_submodule(place, module)
+        self._unhook()
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in self._trained)
-        self._hooks, self.layers = [], {}
+        self.layers = {}
         return self.model
 
     @torch.no_grad()
@@ -302,21 +351,21 @@ class Adapter:
         self._restore_base()
         for name, layer in self.layers.items():
             layer.refuse_if_input_routed()
-            if not is_plain(layer.base):
+            if not all(is_plain(linear) for linear in layer.frozen()):
                 raise ValueError(
                     f"{name}: its base is not a plain linear layer (quantised, sharded, hooked): its weight is "
                     "not all of it; keep the adapter in the model, or adapt an unquantised base"
                 )
-        before = {name: layer.weight for name, layer in self.layers.items()}
+        before = [(one, one.get_parameter("weight")) for layer in self.layers.values() for one in layer.frozen()]
         try:
             for layer in self.layers.values():
-                weight = layer.task_weight(index)
-                weight = weight if isinstance(layer.base, nn.Linear) else weight.t()
-                merged = nn.Parameter(weight.to(layer.weight.dtype).contiguous(), requires_grad=False)
-                layer.base.register_parameter("weight", merged)
+                for base, weight in layer.task_weights(index):
+                    weight = weight if isinstance(base, nn.Linear) else weight.t()
+                    weight = weight.to(base.get_parameter("weight").dtype).contiguous()
+                    base.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
         except BaseException:
-            for name, weight in before.items():
-                self.layers[name].base.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=False))
+            for base, weight in before:
+                base.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=False))
             raise
         return self.remove()
 
@@ -348,21 +397,22 @@ def adapt(
     sites = target_names.find(model, targets, exclude)
     base = fingerprint(dict(model.named_parameters()))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    blocks: list[Block] = []
+    if method.ADAPTS == "feed-forward blocks":
+        sites, blocks = group(model, sites, type(method).__name__)
     model.requires_grad_(False)
+    context = RouteContext(names)
+    context.arguments = tuple(inspect.signature(model.forward).parameters)
     try:
         layers = method.build(sites, names)
+        for name, layer in layers.items():
+            layer.site = Site(name, target_names.stream(name, model), context)
+            layer.train(model.get_submodule(name).training)
+        return Adapter(model, method, context, layers, base, trained, blocks)
     except BaseException:
         for name, p in model.named_parameters():
             p.requires_grad_(name in trained)
         raise
-    context = RouteContext(names)
-    context.arguments = tuple(inspect.signature(model.forward).parameters)
-    streams = {name: target_names.stream(name, model) for name in layers}
-    for name, layer in layers.items():
-        layer.site = Site(name, streams[name], context)
-        layer.train(layer.base.training)
-        model.set_submodule(name, layer)
-    return Adapter(model, method, context, layers, base, trained)
 
 
 def _checked_tasks(tasks: Sequence[str]) -> list[str]:

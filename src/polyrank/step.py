@@ -183,8 +183,8 @@ def task_factors(counts: Tensor, names: Sequence[str], task_weights: Mapping[str
     return counts.new_tensor([task_weights[name] for name in names]) / counts.clamp(min=1)
 
 
-def sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> float:
-    """Sum the gradients over the processes, zero where a process has none; returns their norm."""
+def sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
+    """Sum the gradients over the processes, zero where a process has none."""
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -193,7 +193,10 @@ def sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) 
         flat = total(torch.cat([g.reshape(-1) for g in gradients]), accelerator)
         for g, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             g.copy_(summed.view_as(g))
-    return float(nn.utils.get_total_norm(gradients))
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> float:
+    return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def total(x: Tensor, accelerator: Accelerator) -> Tensor:

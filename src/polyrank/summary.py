@@ -57,7 +57,7 @@ def summarise(model: nn.Module, method: Method, tasks: Sequence[str], layers: Ma
         base_parameters=sum(p.numel() for p in model.parameters() if p not in own),
         trainable_parameters=sum(p.numel() for p in own if p.requires_grad),
         active_parameters=sum(layer.active_parameters() for layer in layers.values()),
-        base_flops_per_token=sum(2 * layer.in_features * layer.out_features for layer in layers.values()),
+        base_flops_per_token=sum(layer.base_flops_per_token() for layer in layers.values()),
         flops_per_token=sum(layer.flops_per_token() for layer in layers.values()),
         merges=merges,
     )

@@ -30,6 +30,7 @@ from polyrank.step import (
     autocast,
     backward_within_memory,
     check_parts,
+    gradient_norm,
     share_weights,
     sum_gradients,
     tell_combiner,
@@ -109,7 +110,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * training.rate(step)
             loss, losses = backward_within_memory(run, sampler, corpus, step, training, accelerator, log)
-            norm = sum_gradients(parameters, accelerator)
+            sum_gradients(parameters, accelerator)
+            adapter.before_step(step / training.steps)
+            norm = gradient_norm(parameters)
             taken = math.isfinite(loss) and math.isfinite(norm)  # sums over all processes, so all of them agree
             if taken:
                 nn.utils.clip_grads_with_norm_(parameters, training.clip, torch.tensor(norm, device=model.device))

@@ -40,6 +40,7 @@ from ..mixture import (
     Mixture,
     MixtureLinear,
     NaiveShared,
+    Note,
     Router,
     Site,
     SoftmaxTopK,
@@ -49,7 +50,6 @@ from ..mixture import (
     mutual_information,
     uniform,
 )
-from ..mixture.context import Note
 from .base import STRICT, Method
 
 

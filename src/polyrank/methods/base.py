@@ -2,14 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ..mixture import Gate, JointTopK, Mixture, Watched, in_out_features, is_plain, load_balance, weight_of
-from ..mixture.context import Note
+from ..mixture import Gate, JointTopK, Mixture, Note, Watched, in_out_features, is_plain, load_balance, weight_of
 from ..svd import Factors, factorise, numerical_rank
 
 # an unknown hyper-parameter is an error, not a default; a string below a field says what it is
@@ -27,6 +27,9 @@ class Method(ABC):
     SIZE: ClassVar[str]  # trained weights of layer l of L: of the fields, I, O, T tasks, K = rank of W
     SIZE_ONCE: ClassVar[str] = "0"  # of all layers together
 
+    # what it adapts; beside a block's, other linear layers that are targeted come as they are
+    ADAPTS: ClassVar[Literal["linear layers", "feed-forward blocks"]] = "linear layers"
+
     @property
     def starts_as_base(self) -> bool:
         """Whether the adapted model is the base before training."""
@@ -34,7 +37,11 @@ class Method(ABC):
 
     @abstractmethod
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
-        """One layer for each site (name -> frozen linear layer). Nothing in the model is changed yet."""
+        """One layer for each site: name -> frozen linear layer, or ``FeedForward``. The model is not changed yet."""
+
+    def attach(self, model: nn.Module, layers: Mapping[str, Mixture]) -> Sequence[RemovableHandle]:
+        """Called before the layers are put in: may refuse the model (ValueError), or hook what no layer can see."""
+        return ()
 
     def bank(self) -> "Method | None":
         """What each task is first trained with alone, for this method to mix; None where nothing comes first."""
@@ -50,8 +57,19 @@ class Method(ABC):
         every = {p: None for layer in layers.values() for p in layer.parameters() if p.requires_grad}
         return [{"params": [*every], "lr": lr, "weight_decay": weight_decay}]
 
+    def before_step(self, layers: Mapping[str, Mixture], done: float) -> None:
+        """Called when the gradients of a step are complete, before they are clipped and used: may change them.
+
+        done: the share of the training that lies behind, 0 at the first step, below 1 at the last.
+        """
+        return
+
     def after_step(self, layers: Mapping[str, Mixture]) -> None:
         """Called after each step of the optimiser."""
+        return
+
+    def after_task(self, layers: Mapping[str, Mixture]) -> None:
+        """Called when one task of several that are trained one after the other is over."""
         return
 
 

@@ -34,12 +34,12 @@ from ..mixture import (
     LoRAExperts,
     Mixture,
     MixtureLinear,
+    Note,
     Site,
     Softmax,
     TaskExperts,
     in_out_features,
 )
-from ..mixture.context import Note
 from .base import STRICT, Method
 
 

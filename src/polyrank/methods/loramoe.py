@@ -27,8 +27,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from ..mixture import Gate, LinearRouter, LoRAExperts, Mixture, MixtureLinear, Site, Softmax, global_sum
-from ..mixture.context import Note
+from ..mixture import Gate, LinearRouter, LoRAExperts, Mixture, MixtureLinear, Note, Site, Softmax, global_sum
 from .base import STRICT, Method
 
 

@@ -29,12 +29,12 @@ from ..mixture import (
     LinearRouter,
     Mixture,
     MixtureLinear,
+    Note,
     Site,
     in_out_features,
     uniform,
     zeros,
 )
-from ..mixture.context import Note
 from .base import STRICT, Method, balance_loss, balanced_top_k
 
 

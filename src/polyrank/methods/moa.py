@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from ..mixture import (
     Mixture,
     MixtureLinear,
+    Note,
     Router,
     Site,
     TaskExperts,
@@ -38,7 +39,6 @@ from ..mixture import (
     in_out_features,
     uniform,
 )
-from ..mixture.context import Note
 from .base import STRICT, Method
 from .lora import LoRA
 

@@ -23,8 +23,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validat
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from ..mixture import LinearRouter, LoRAExperts, Mixture, MixtureLinear
-from ..mixture.context import Note
+from ..mixture import LinearRouter, LoRAExperts, Mixture, MixtureLinear, Note
 from .base import STRICT, Method, balance_loss, balanced_top_k
 
 

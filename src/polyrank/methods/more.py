@@ -37,6 +37,7 @@ from ..mixture import (
     LoRAExperts,
     Mixture,
     MixtureLinear,
+    Note,
     Router,
     Site,
     TaskTable,
@@ -45,7 +46,6 @@ from ..mixture import (
     place,
     uniform,
 )
-from ..mixture.context import Note
 from .base import STRICT, Method
 
 Pooling = Literal["mean", "first"]

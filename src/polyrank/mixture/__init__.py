@@ -21,7 +21,7 @@ from .base import (
     runs_primitives as runs_primitives,
     weight_of as weight_of,
 )
-from .context import Route as Route, RouteContext as RouteContext, Site as Site
+from .context import RouteContext as RouteContext
 from .experts import (
     Experts as Experts,
     LoRAExperts as LoRAExperts,
@@ -30,6 +30,7 @@ from .experts import (
     SingularExperts as SingularExperts,
     TaskExperts as TaskExperts,
 )
+from .feedforward import FeedForward as FeedForward, FeedForwardMixture as FeedForwardMixture
 from .gates import (
     Gate as Gate,
     JointTopK as JointTopK,
@@ -42,6 +43,7 @@ from .gates import (
 from .linear import Mixture as Mixture, MixtureLinear as MixtureLinear, context_of as context_of
 from .primitives import base_shrink as base_shrink, compute_dtype as compute_dtype, expand_ as expand_
 from .reflections import Reflections as Reflections
+from .route import Note as Note, Route as Route
 from .routers import (
     LinearRouter as LinearRouter,
     Router as Router,
@@ -53,6 +55,7 @@ from .routers import (
     exact_linear as exact_linear,
     for_samples as for_samples,
 )
+from .site import Site as Site
 from .start import (
     TaskTable as TaskTable,
     adapter_dtype as adapter_dtype,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import in_out_features
-from .context import Site
+from .site import Site
 from .start import TaskTable, uniform, zeros
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .context import Site
+from .site import Site
 
 
 class Gate(nn.Module, ABC):

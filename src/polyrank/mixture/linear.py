@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import in_out_features, runs_primitives, weight_of
-from .context import RouteContext, Site
+from .context import RouteContext
 from .experts import Experts
 from .gates import Gate
 from .primitives import base_shrink, compute_dtype, expand_
 from .routers import Router
+from .site import Site
 
 
 class Mixture(nn.Module, ABC):
@@ -57,6 +58,14 @@ class Mixture(nn.Module, ABC):
     def task_weight(self, task: int) -> Tensor:
         """The one weight (O, I) that equals this layer on a task, in the adapter's precision."""
 
+    def frozen(self) -> list[nn.Module]:
+        """The frozen linear layers that this one stands for."""
+        return [self.base]
+
+    def task_weights(self, task: int) -> list[tuple[nn.Module, Tensor]]:
+        """``frozen()``, each with the one weight (O, I) that equals it on a task, in the adapter's precision."""
+        return [(self.base, self.task_weight(task))]
+
     @abstractmethod
     def task_lora(self, task: int) -> tuple[Tensor, Tensor]:
         """A (R, I) and B (R, O) whose product B' A is what this layer adds to its base on a task."""
@@ -68,6 +77,10 @@ class Mixture(nn.Module, ABC):
     @abstractmethod
     def flops_per_token(self) -> int:
         """Multiply-adds x 2 of the wide products for one token, those with the base weight included."""
+
+    def base_flops_per_token(self) -> int:
+        """Multiply-adds x 2 of the frozen layer alone."""
+        return 2 * self.in_features * self.out_features
 
     def refuse_if_input_routed(self) -> None:
         if self.reads_input:

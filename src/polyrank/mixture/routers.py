@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import in_out_features
-from .context import Site
+from .site import Site
 from .start import TaskTable, normal, uniform, zeros
 
 
