@@ -8,19 +8,21 @@ from statistics import mean
 from textwrap import fill
 
 TEXT = (
-    """Accuracy in % on test, {seeds}. PyBullet rendered {train} scenes for training and {test} for test, from other seeds
-    (rendered, not photographed). They are asked about in words: how many objects stand on the table, what colour one of
-    them has, which one is leftmost, which one is nearest. The answers come from the renderer's own segmentation and
-    depth; near ties are not asked. Questions for training and for test: {asked}. With so few, a standard error is 2 to 5
-    points: compare a method with its own text alone, not methods with each other.""",
-    """A frozen DINOv2-small that was fine-tuned for saliency (not the original checkpoint) makes 64 tokens of a picture.
-    The {tokens} that look most like objects go through a trained projection and stand before the question in the lower
-    {layers} of MiniLM's 6 layers. The projection starts from two ridge regressions on the training scenes: a patch
-    reads like the words of its object, its colour and its place. The heads start as logistic regressions on the model
-    before training: "before". "Text alone" is the same method, trained the same way, without the image tokens. `mmolre`
-    adapts no layer: it fuses the states of the frozen MiniLM with the projected image tokens.""",
-    """The seconds are CPU time of one thread on a machine that did other work. Rendering and reading the scenes took
-    another 0.43 s each, once; they stay in the cache.""",
+    """Accuracy in % on test, {seeds}. PyBullet rendered {train} scenes for training and {test} for test, from
+    other seeds (rendered, not photographed). They are asked about in words: how many objects stand on the
+    table, what colour one of them has, which one is leftmost, which one is nearest. The answers come from
+    the renderer's own segmentation and depth; near ties are not asked. Questions for training and for test:
+    {asked}. With so few, a standard error is 2 to 5 points: compare a method with its own text alone, not
+    methods with each other.""",
+    """A frozen DINOv2-small that was fine-tuned for saliency (not the original checkpoint) makes 64 tokens of a
+    picture. The {tokens} that look most like objects go through a trained projection and stand before the
+    question in the lower {layers} of MiniLM's 6 layers. The projection starts from two ridge regressions on
+    the training scenes: a patch reads like the words of its object, its colour and its place. The heads
+    start as logistic regressions on the model before training: "before". "Text alone" is the same method,
+    trained the same way, without the image tokens. `mmolre` adapts no layer: it fuses the states of the
+    frozen MiniLM with the projected image tokens.""",
+    """The seconds are CPU time of one thread on a machine that did other work. Rendering and reading the scenes
+    took another 0.43 s each, once; they stay in the cache.""",
 )
 
 

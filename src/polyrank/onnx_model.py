@@ -89,7 +89,8 @@ def _check(folder: Path, file: Path) -> None:
     """That ``transformers`` finds every weight of the model in the folder, and no other."""
     from transformers import Dinov2Model
 
-    _, report = Dinov2Model.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = Dinov2Model.from_pretrained(folder, output_loading_info=True)
+    _, report = loaded
     odd = sorted(str(name) for names in report.values() for name in names)
     if odd:
         raise ValueError(f"{file} is no plain DINOv2, {odd[0]} is missing or too much: it cannot be converted")

@@ -60,7 +60,7 @@ def naive(model, streams, ids):
         for s, name in enumerate(WIDTHS):
             tokens = list(streams[name][sample][: LENGTHS[name][sample]])
             for block in range(2):
-                at = f"blocks.{s}.{block}"
+                at = f"streams.{s}.blocks.{block}"
                 outputs = [expert(p, f"{at}.shared.{n}", tokens) for n in range(2)]
                 outputs.append(expert(p, f"{at}.own.{task}", tokens))
                 after = []
@@ -69,9 +69,9 @@ def naive(model, streams, ids):
                     after.append(x + sum(g * output[i] for g, output in zip(gate, outputs, strict=True)))
                 tokens = after
             means.append(sum(tokens) / len(tokens))
-        at = f"fusion.weights.{task}"
+        at = f"fusion.{task}.weights"
         weights = softmax(p[f"{at}.weight"] @ torch.cat(means) + p[f"{at}.bias"])
-        maps = [(p[f"fusion.maps.{task}.{s}.weight"], p[f"fusion.maps.{task}.{s}.bias"]) for s in range(2)]
+        maps = [(p[f"fusion.{task}.maps.{s}.weight"], p[f"fusion.{task}.maps.{s}.bias"]) for s in range(2)]
         answers.append(gelu(sum(w * (m @ mean + b) for w, (m, b), mean in zip(weights, maps, means, strict=True))))
     return torch.stack(answers)
 
@@ -128,7 +128,7 @@ def test_a_sample_depends_on_its_own_task_only():
             assert same == (IDS[sample] == task)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if any(f"{part}.2." in name for part in ("own", "routers", "weights", "maps")):
+            if any(f"{part}.2." in name for part in ("own", "routers", "fusion")):
                 p.add_(1)
     got = model(streams, masks, IDS)
     assert_close(got[IDS != 2], want[IDS != 2], atol=0, rtol=0)
@@ -146,9 +146,8 @@ def test_gradient_reaches_every_weight():
 def test_ranks_and_weights():
     """Each shared expert has a rank of its own: 3 d r + r down, r d + d up."""
     model = build(ranks=(2, 3), task_rank=4)
-    sizes = [
-        sum(p.numel() for p in one.parameters()) for one in (*model.blocks[0][0].shared, model.blocks[0][0].own[0])
-    ]
+    block = model.streams[0].blocks[0]
+    sizes = [sum(p.numel() for p in one.parameters()) for one in (*block.shared, block.own[0])]
     assert sizes == [4 * 5 * r + r + 5 for r in (2, 3, 4)]
 
 

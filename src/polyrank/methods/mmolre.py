@@ -59,20 +59,31 @@ class TaskBlock(nn.Module):
         return x + mixed.masked_fill(padding, 0)
 
 
-class TaskFusion(nn.Module):
-    """The streams' means, weighed and mapped as the task does."""
+class Stream(nn.Module):
+    """Blocks, one behind the other, and the mean of what comes out."""
 
-    def __init__(self, widths: Sequence[int], num_tasks: int, out_features: int) -> None:
+    def __init__(self, blocks: Sequence[TaskBlock]) -> None:
         super().__init__()
-        self.weights = nn.ModuleList(nn.Linear(sum(widths), len(widths)) for _ in range(num_tasks))
-        self.maps = nn.ModuleList(
-            nn.ModuleList(nn.Linear(width, out_features) for width in widths) for _ in range(num_tasks)
-        )
+        self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, means: Sequence[Tensor], task: int) -> Tensor:
-        """means: (b, d_s) of each stream, in samples of one task."""
-        weights = self.weights[task](torch.cat(list(means), -1)).softmax(-1)  # (b, S)
-        mapped = torch.stack([one(mean) for one, mean in zip(self.maps[task], means, strict=True)], -1)  # (b, O, S)
+    def forward(self, x: Tensor, padding: Tensor, task_ids: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, padding, task_ids)
+        return x.sum(1) / (~padding).sum(1).clamp_min(1)  # (B, d); padding is 0 behind a block
+
+
+class Fusion(nn.Module):
+    """The streams' means, weighed and mapped as one task does."""
+
+    def __init__(self, widths: Sequence[int], out_features: int) -> None:
+        super().__init__()
+        self.weights = nn.Linear(sum(widths), len(widths))
+        self.maps = nn.ModuleList(nn.Linear(width, out_features) for width in widths)
+
+    def forward(self, means: Sequence[Tensor]) -> Tensor:
+        """means: (b, d_s) of each stream."""
+        weights = self.weights(torch.cat(list(means), -1)).softmax(-1)  # (b, S)
+        mapped = torch.stack([one(mean) for one, mean in zip(self.maps, means, strict=True)], -1)  # (b, O, S)
         return F.gelu((mapped * weights.unsqueeze(1)).sum(-1))
 
 
@@ -101,11 +112,11 @@ class MMoLRE(nn.Module):
             given = f"{dict(streams)}, {list(tasks)}, {list(ranks)}"
             raise ValueError(f"MMoLRE needs streams, tasks and ranks, at least one of each; got {given}")
         self.widths, self.tasks = dict(streams), tuple(tasks)
-        self.blocks = nn.ModuleList(  # by stream, in the order of `streams`
-            nn.ModuleList(TaskBlock(width, len(self.tasks), ranks, task_rank) for _ in range(blocks))
-            for width in self.widths.values()
+        widths, count = list(self.widths.values()), len(self.tasks)
+        self.streams = nn.ModuleList(  # in the order of `streams`
+            Stream([TaskBlock(width, count, ranks, task_rank) for _ in range(blocks)]) for width in widths
         )
-        self.fusion = TaskFusion(list(self.widths.values()), len(self.tasks), out_features)
+        self.fusion = nn.ModuleList(Fusion(widths, out_features) for _ in range(count))
 
     def forward(self, streams: Mapping[str, Tensor], masks: Mapping[str, Tensor], task_ids: Tensor) -> Tensor:
         """One vector (B, out_features) a sample, of streams (B, L_s, d_s) and masks (B, L_s), nonzero at tokens.
@@ -116,13 +127,11 @@ class MMoLRE(nn.Module):
             ValueError: a stream or mask that is unknown, missing or of another shape, or task ids out of range.
         """
         self._check(streams, masks, task_ids)
-        means = []
-        for name, blocks in zip(self.widths, self.blocks, strict=True):
-            x, padding = streams[name], masks[name].unsqueeze(-1) == 0
-            for block in blocks:
-                x = block(x, padding, task_ids)
-            means.append(x.sum(1) / (~padding).sum(1).clamp_min(1))  # padding is 0 behind a block
-        fused = [(rows, self.fusion([mean[rows] for mean in means], task)) for task, rows in _by_task(task_ids)]
+        means = [
+            stream(streams[name], masks[name].unsqueeze(-1) == 0, task_ids)
+            for name, stream in zip(self.widths, self.streams, strict=True)
+        ]
+        fused = [(rows, self.fusion[task]([mean[rows] for mean in means])) for task, rows in _by_task(task_ids)]
         rows = torch.cat([rows for rows, _ in fused])
         return torch.cat([one for _, one in fused])[rows.argsort()]
 
