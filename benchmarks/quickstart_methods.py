@@ -2,6 +2,8 @@
 
     python benchmarks/quickstart_methods.py docs/results/methods.md --steps 24 --threads 1
 
+With --methods, the rows of the others stay as they are in the file.
+
 One seed and few steps at one learning rate: this shows that every method trains from the same recipe. It ranks none.
 """
 
@@ -59,10 +61,13 @@ def write(out: Path, tasks: list[str], rows: list[list], frozen: float, steps: i
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
     ]
+    before = out.read_text(encoding="utf-8").splitlines() if out.is_file() else []
+    found = {line.split("`")[1]: line for line in before if line.startswith("| `")}
     for name, weights, *scores, seconds in rows:
         *accuracies, gain = scores
         numbers = " | ".join(f"{one:.1f}" for one in accuracies)
-        lines.append(f"| `{name}` | {weights:,} | {numbers} | {gain:+.1f} | {seconds:.0f} |")
+        found[name] = f"| `{name}` | {weights:,} | {numbers} | {gain:+.1f} | {seconds:.0f} |"
+    lines += [found[name] for name in METHODS if name in found]
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ from polyrank.train import train
 from polyrank.training import Training
 from small import METHODS
 
-KINDS = ("lora", "moore-token", "moore_topk-token", "more", "ase", "smora", "poly")
+KINDS = ("lora", "moore-token", "moore_topk-token", "more", "ase", "smora", "poly", "adalora", "emtal")
 STEPS = Training(steps=12, batch_size=8, accumulation=2, lr=1e-2, eval_every=4, checkpoint_every=1)
 
 

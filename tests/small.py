@@ -6,14 +6,19 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from polyrank import ASE, Adapter, LoRA, Method, MoORE, MoORETopK, MoRE, adapt
 from polyrank.methods import (
+    EMTAL,
+    AdaLoRA,
     CLoRAE,
     ConditionalMixLoRA,
     DoRA,
+    Faded,
+    FGMoE,
     HydraLoRA,
     LoRAMoE,
     MALoRA,
     MELoRA,
     MiLoRA,
+    MixLoRA,
     MoA,
     MoDE,
     MOELoRA,
@@ -27,6 +32,7 @@ from polyrank.methods import (
     RsLoRA,
     SMoRA,
     TeamLoRA,
+    VBLoRA,
 )
 
 TASKS = ("a", "b", "c")
@@ -57,6 +63,8 @@ METHODS: dict[str, Method] = {
     "moslora": MoSLoRA(rank=4, alpha=8),
     "melora": MELoRA(num_experts=2, rank=2, alpha=4),
     "multilora": MultiLoRA(num_experts=3, rank=2, alpha=4),
+    "vb_lora": VBLoRA(rank=3, num_vectors=7, vector_length=2, bank_bound=0.3, logits_std=0.5),
+    "adalora": AdaLoRA(init_rank=4, target_rank=2, alpha=40, begin=0.2, end=0.6, orthogonality=0.5),
     "mtl_lora": MTLLoRA(num_experts=3, rank=2, alpha=4, temperature=0.5),
     "mtl_lora-diagonal": MTLLoRA(num_experts=3, rank=2, alpha=4, temperature=0.5, transform="diagonal"),
     "moelora": MOELoRA(num_experts=2, rank=4, alpha=8, task_dim=5),
@@ -80,11 +88,20 @@ METHODS: dict[str, Method] = {
     "conditional_mixlora": ConditionalMixLoRA(num_experts=5, rank=3, alpha=6),
     "conditional_mixlora-released": ConditionalMixLoRA(num_experts=5, rank=3, alpha=6, selection="released"),
     "moa": MoA(rank=2, alpha=4),
+    "mixlora": MixLoRA(num_experts=4, k=2, rank=2, alpha=4, balance=0.1, z_loss=0.01, std=0.5),
+    "mixlora-top_p": MixLoRA(num_experts=3, rank=2, alpha=4, routing="top_p", p=0.6, std=0.5),
+    "mixlora-switch": MixLoRA(num_experts=3, rank=2, alpha=4, routing="switch", balance=0, std=0.5),
+    "emtal": EMTAL(num_experts=4, rank=2, alpha=4, temperature=2, fade=(0.5, 1)),
+    "emtal-released": EMTAL(num_experts=4, rank=2, alpha=4, fade=(0.5, 1), start="released"),
+    "fgmoe": FGMoE(num_experts=8, k=2, num_shared=1, rank=2, alpha=4),
+    "faded": Faded(of={"name": "hydralora", "num_experts": 3, "rank": 2, "alpha": 4}, fade=(0.5, 1)),
 }
+BLOCKS = {name for name, method in METHODS.items() if method.ADAPTS == "feed-forward blocks"}
 TASK, TOKEN = frozenset({"task"}), frozenset({"token"})
 # What the gate of each method reads, written down by hand: the contract's rows follow from it.
 READS: dict[str, frozenset[str]] = {
     **dict.fromkeys(["lora", "rslora", "dora", "pissa", "milora", "moslora", "melora", "multilora"], frozenset()),
+    **dict.fromkeys(["vb_lora", "adalora"], frozenset()),
     **dict.fromkeys(["moore-task", "moore_topk-task", "more", "more-none", "more-released"], TASK),
     **dict.fromkeys(["mtl_lora", "mtl_lora-diagonal", "moelora", "moelora-layer", "poly", "poly-splits"], TASK),
     **dict.fromkeys(["moore-token", "moore-released", "moore_topk-token", "c_lorae"], frozenset({"task", "token"})),
@@ -92,17 +109,22 @@ READS: dict[str, frozenset[str]] = {
     **dict.fromkeys(["moore-sample", "moore_topk-sample", "moa"], frozenset({"task", "sample"})),
     **dict.fromkeys(["hydralora", "loramoe", "loramoe-kinds", "mola", "malora", "mode", "mode-block"], TOKEN),
     **dict.fromkeys(["smora", "smora-softmax", "smora-biased", "teamlora", "omoe", "omoe-unit"], TOKEN),
+    **dict.fromkeys(["mixlora", "mixlora-top_p", "mixlora-switch", "emtal", "emtal-released", "faded"], TOKEN),
+    "fgmoe": frozenset({"task", "token"}),
     **dict.fromkeys(["conditional_mixlora", "conditional_mixlora-released"], frozenset({"sample"})),
 }
 STATIC = {name for name, reads in READS.items() if reads <= {"task"}}  # merges
 TASKLESS = {name for name, reads in READS.items() if "task" not in reads}
 FULL_RANK = {"moore-task", "dora"}  # merges, but its delta is no LoRA
-NOT_THE_BASE = {"omoe-unit"}  # at step 0
+NOT_THE_BASE = {"omoe-unit", "vb_lora", "mixlora-top_p", "mixlora-switch", "emtal-released"}  # at step 0
 NOISY = (Poly,)  # in training
 
 
 class Net(nn.Module):
     """Wide, tall, and without a bias; optionally checkpointed."""
+
+    targets, site, width = ("q", "v"), "q", 16  # `site`: a layer of the method's own, with `width` inputs
+    shapes: tuple[dict[str, int], ...] = (dict(I=16, O=24, K=16), dict(I=24, O=12, K=12))
 
     def __init__(self, checkpointed: bool = False) -> None:
         super().__init__()
@@ -119,6 +141,36 @@ class Net(nn.Module):
         return self.out(checkpoint(self.body, x, use_reentrant=self.use_reentrant, **how))
 
 
+class GLU(nn.Module):
+    """A feed-forward block; with a gate, or without one and with other names."""
+
+    def __init__(self, in_features: int, hidden: int, out_features: int, gated: bool = True) -> None:
+        super().__init__()
+        self.up, self.act = nn.Linear(in_features, hidden), nn.GELU()
+        self.gate = nn.Linear(in_features, hidden, bias=False) if gated else None
+        self.down = nn.Linear(hidden, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x))
+
+
+class BlockNet(Net):
+    """With a feed-forward block in the second place."""
+
+    targets, site, width = ("q", "v.gate", "v.up", "v.down"), "v", 24
+    shapes = (dict(I=16, O=24, K=16), dict(I=24, H=40, O=12, G=1))
+
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__(checkpointed)
+        self.v = GLU(24, 40, 12)  # type: ignore[assignment]
+
+
+def base(method: Method, *, checkpointed: bool = False, dtype: torch.dtype = torch.float32, seed: int = 1) -> Net:
+    """The seeded net that a method is tried on."""
+    torch.manual_seed(seed)
+    return (BlockNet if method.ADAPTS == "feed-forward blocks" else Net)(checkpointed).to(dtype)
+
+
 def adapted(
     method: Method,
     *,
@@ -128,9 +180,8 @@ def adapted(
     seed: int = 1,
 ) -> tuple[Net, Adapter]:
     """A seeded net under ``method``; ``trained`` moves every adapter weight off its start."""
-    torch.manual_seed(seed)
-    net = Net(checkpointed).to(dtype)
-    adapter = adapt(net, method, tasks=TASKS, targets=["q", "v"])
+    net = base(method, checkpointed=checkpointed, dtype=dtype, seed=seed)
+    adapter = adapt(net, method, tasks=TASKS, targets=net.targets)
     if trained:
         disturb(adapter)
     if isinstance(method, NOISY):  # in training: the contract compares forwards
@@ -159,6 +210,6 @@ def train_steps(net: nn.Module, adapter: Adapter, steps: int, lr: float = 0.05) 
         loss = (net(x, task_ids=IDS) - y).square().mean()
         loss = loss + sum(adapter.losses().values(), torch.zeros((), dtype=dtype))
         loss.backward()
-        adapter.before_step(step / steps)
+        adapter.before_step((step + 1) / steps)
         optimizer.step()
         adapter.after_step()

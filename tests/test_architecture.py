@@ -16,14 +16,16 @@ SRC = Path(__file__).parent.parent / "src" / "polyrank"
 MAY_IMPORT = {
     "mixture": set(),
     "svd": set(),
-    "methods": {"mixture", "svd"},
+    "clusters": set(),
+    "methods": {"mixture", "svd", "clusters"},
     "targets": {"mixture"},
     "blocks": {"mixture"},
+    "places": {"mixture", "blocks"},
     "summary": {"mixture", "methods"},
     "saving": {"mixture", "methods"},
     "files": set(),
     "joining": {"mixture", "methods", "files", "saving"},
-    "adapt": {"mixture", "methods", "targets", "blocks", "summary", "files", "saving", "joining"},
+    "adapt": {"mixture", "methods", "targets", "blocks", "places", "summary", "files", "saving", "joining"},
     "checkpoint": {"files"},
     "manifest": set(),
     "gguf_model": set(),
@@ -37,6 +39,7 @@ MAY_IMPORT = {
     "models": {"files", "mixture", "reader", "tasks"},
     "evaluate": {"corpus", "models", "tasks"},
     "probe": {"models", "tasks"},
+    "retaining": {"models", "tasks"},
 }
 # a room may not import these
 MAY_NOT_IMPORT = {

@@ -16,7 +16,8 @@ from .blocks import Block, group
 from .files import Fingerprint, checked_name, difference, fingerprint, read_folder, write_folder
 from .joining import put_experts, saved_loras, task_parts, with_task
 from .methods import Method
-from .mixture import Mixture, RouteContext, Site, is_plain
+from .mixture import Mixture, RouteContext, Site
+from .places import Places, merge_into_bases
 from .saving import copy_weights, frozen_parts, load_frozen, method_fields, method_from, named_weights, projection
 from .summary import Summary, summarise
 
@@ -37,8 +38,7 @@ class Adapter:
         self.model, self.method, self.context, self.layers = model, method, context, layers
         self.base_fingerprint = base
         self._trained = trained  # base parameters that were trainable before
-        self._blocks = {block.name: block for block in blocks}
-        self._before = {place: model.get_submodule(place) for place in self._places()}  # what stood there
+        self._places = Places(model, list(layers), blocks)
         self._released: Path | None = None  # where the base's weights are, if they left memory
         self._hooks = [
             model.register_forward_pre_hook(context.enter, with_kwargs=True),
@@ -56,10 +56,7 @@ class Adapter:
         for hook in self._attached:
             hook.remove()
         self._attached, self.layers = attached, layers
-        for name, layer in layers.items():
-            self.model.set_submodule(name, layer)
-        for place in self._before.keys() - layers.keys():  # a block's last linear layer, which the block runs itself
-            self.model.set_submodule(place, nn.Identity())
+        self._places.fill(layers)
 
     def _unhook(self) -> None:
         for hook in [*self._hooks, *self._attached]:
@@ -69,18 +66,6 @@ class Adapter:
     @property
     def tasks(self) -> tuple[str, ...]:
         return self.context.tasks
-
-    def _places(self) -> list[str]:
-        """Where the model was changed: the layers, and what their blocks have elsewhere in it."""
-        return [*self.layers, *(name for block in self._blocks.values() for name in block.elsewhere)]
-
-    def _linears(self) -> list[str]:
-        """The names of all adapted linear layers."""
-        return [
-            linear
-            for name in self.layers
-            for linear in (self._blocks[name].linears if name in self._blocks else [name])
-        ]
 
     def _in_place(self) -> None:
         if not self.layers:
@@ -113,6 +98,11 @@ class Adapter:
 
     # Training.
 
+    @property
+    def settles(self) -> float:
+        """The share of the training before which no state is the one to keep: a router fades, a budget falls."""
+        return self.method.settles
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The adapter's trainable weights; none is the base model's."""
         return (p for _, p in self.named_parameters() if p.requires_grad)
@@ -140,8 +130,8 @@ class Adapter:
         """Tell the method that the gradients of a step are complete, before they are clipped and used.
 
         Args:
-            done: the share of the training that lies behind: 0 at the first step, below 1 at the last. Schedules
-                (fading, rank budgets) follow it.
+            done: the share of the training that is done with this step, 1 at the last one. Schedules (fading, rank
+                budgets) follow it.
         """
         self.method.before_step(self.layers, done)
 
@@ -260,7 +250,7 @@ class Adapter:
             "polyrank": "adapter",
             "method": method_fields(self.method),
             "tasks": list(self.tasks),
-            "layers": self._linears(),
+            "layers": self._places.linears(),
             "with_factors": with_factors,
             "base": self.base_fingerprint,
         }
@@ -331,15 +321,13 @@ class Adapter:
     def remove(self) -> nn.Module:
         """Take the adapter out: the model is the base again, module for module and bit for bit."""
         self._restore_base()
-        for place, module in self._before.items():
-            self.model.set_submodule(place, module)
+        self._places.restore()
         self._unhook()
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in self._trained)
         self.layers = {}
         return self.model
 
-    @torch.no_grad()
     def merge(self, task: str) -> nn.Module:
         """Turn the model into the plain model of one task: each adapted layer becomes one weight. The adapter is spent.
 
@@ -349,24 +337,7 @@ class Adapter:
         self._in_place()
         index = int(self.task_ids(task)[0])
         self._restore_base()
-        for name, layer in self.layers.items():
-            layer.refuse_if_input_routed()
-            if not all(is_plain(linear) for linear in layer.frozen()):
-                raise ValueError(
-                    f"{name}: its base is not a plain linear layer (quantised, sharded, hooked): its weight is "
-                    "not all of it; keep the adapter in the model, or adapt an unquantised base"
-                )
-        before = [(one, one.get_parameter("weight")) for layer in self.layers.values() for one in layer.frozen()]
-        try:
-            for layer in self.layers.values():
-                for base, weight in layer.task_weights(index):
-                    weight = weight if isinstance(base, nn.Linear) else weight.t()
-                    weight = weight.to(base.get_parameter("weight").dtype).contiguous()
-                    base.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-        except BaseException:
-            for base, weight in before:
-                base.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=False))
-            raise
+        merge_into_bases(self.layers, index)
         return self.remove()
 
     def summary(self) -> Summary:

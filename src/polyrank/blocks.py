@@ -73,14 +73,14 @@ def _none(model: nn.Module, blocks: list[Block], linears: Mapping[str, nn.Module
 
 def _looks_like_one(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
-    return any(part in name for part in ("mlp", "ffn", "feedforward", "expert"))
+    return any(part in name for part in ("mlp", "glu", "ffn", "feedforward"))
 
 
 def find(model: nn.Module) -> Iterator[Block]:
     """Every feed-forward block of a model, in its order."""
     for path, module in model.named_modules():
         inside = _linears(module)
-        if len(inside) in (2, 3) and _takes_hidden_states_alone(module):
+        if path and len(inside) in (2, 3) and _takes_hidden_states_alone(module):
             whole = _whole(path, module, inside)
             if whole is not None:
                 yield whole

@@ -14,6 +14,8 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from .methods import METHODS, Method
+from .methods.base import BlockMethod
+from .mixture import FeedForward
 
 READS = {
     frozenset[str](): "nobody: one function for all tasks",
@@ -28,6 +30,7 @@ MERGES = {
     "per task": "per task: exactly, into a weight for each",
     "per sample": "per sample: each has a weight of its own, so `merge()` refuses",
     "no": "no: the gate reads each token",
+    "when faded": "static once the router has faded, exactly; before, `merge()` refuses",
 }
 TABLE = "<!-- written by `make cards` -->\n"
 
@@ -55,15 +58,17 @@ def is_reconstruction(kind: type[Method]) -> bool:
 
 def reads(kind: type[Method]) -> frozenset[str]:
     """What the gate looks at, with the default fields."""
-    layers = kind().build({"0": nn.Linear(64, 64)}, ["a", "b"])
-    return layers["0"].reads
+    site = nn.Linear(64, 64)
+    if kind.ADAPTS == "feed-forward blocks":
+        site = FeedForward(nn.Linear(64, 64), nn.Linear(64, 64), nn.GELU())
+    return kind().build({"0": site}, ["a", "b"])["0"].reads
 
 
 def merges(kind: type[Method]) -> str:
     """Static, per task, per sample, or no: what one weight can stand for, with the default fields."""
     read = reads(kind)
     if "token" in read:
-        return "no"
+        return "when faded" if "fade" in explained(kind) else "no"
     if "sample" in read:
         return "per sample"
     return "per task" if read else "static"
@@ -71,8 +76,13 @@ def merges(kind: type[Method]) -> str:
 
 def size(kind: type[Method]) -> str:
     """The trained weights of one layer, and of all together, as the method gives them."""
-    once = "" if kind.SIZE_ONCE == "0" else f", and once for all layers `{kind.SIZE_ONCE}`"
-    return f"`{kind.SIZE}` in a layer{once}"
+    method = kind()
+    once = "" if method.SIZE_ONCE == "0" else f", and once for all layers `{method.SIZE_ONCE}`"
+    where = "a layer"
+    if isinstance(method, BlockMethod):
+        where = "a block of H hidden units (G = 1 if it is gated, else 0)"
+        once = f", `{method.SIZE_BESIDE}` in another layer{once}"
+    return f"`{method.SIZE}` in {where}{once}"
 
 
 def explained(kind: type) -> dict[str, tuple[str, str]]:
@@ -111,6 +121,7 @@ def card(name: str) -> str:
             f"| name in recipes | `{name}` |",
             f"| class | `polyrank.methods.{kind.__name__}` |",
             f"| status | {status} |",
+            f"| adapts | {kind.ADAPTS} |",
             f"| who is asked | {READS[reads(kind)]} |",
             f"| merges | {MERGES[merges(kind)]} |",
             f"| starts as the base model | {'yes' if kind().starts_as_base else 'no'} |",

@@ -17,6 +17,7 @@ from polyrank.corpus import Batch, Corpus
 from polyrank.history import Log
 from polyrank.mixing import Sampler
 from polyrank.models import MultiTaskModel
+from polyrank.retaining import Retaining
 from polyrank.train_state import Running, Trainable
 from polyrank.training import Training
 
@@ -53,6 +54,7 @@ def backward(
     accelerator: Accelerator,
     combination: Combination | None = None,
     number: int = 0,
+    retaining: Retaining | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Add the gradients of one whole step of this process; returns the loss of all processes, and that of each task."""
     device, like = model.device, next(adapter.parameters())
@@ -61,13 +63,17 @@ def backward(
     total_counts = total(counts.sum(0).to(device), accelerator)  # (T,)
     how = _pass(model, adapter, batches, total_counts, training, accelerator, combination, number)
     sums, extra = like.new_zeros(len(model.tasks)), like.new_zeros(())
+    if retaining is not None:
+        retaining.begin(device)
     for batch, here in zip(batches, counts[1:], strict=True):
         with autocast(device, training.precision):
             answers = model(batch.inputs, batch.task_ids)
         own = model.loss_sums(answers, batch.labels)  # (T,)
         auxiliary = sum(adapter.losses().values(), torch.zeros_like(extra)) / parts
-        how.add(own, auxiliary, here.nonzero().flatten().tolist())
         sums += own.detach()
+        if retaining is not None:
+            own = own + retaining.penalties(answers, batch.labels, own.detach() / here.to(own).clamp(min=1))
+        how.add(own, auxiliary, here.nonzero().flatten().tolist())
         extra += auxiliary.detach()
     sums, extra = total(sums, accelerator), total(extra, accelerator)
     means = sums / total_counts.clamp(min=1)
@@ -138,6 +144,14 @@ def tell_combiner(
     run.combination.after(found)
 
 
+def tell_retaining(run: Running, accelerator: Accelerator) -> None:
+    """After a step that was taken: its answers go into the banks."""
+    if run.retaining is not None:
+        for fresh in run.retaining.fresh.values():
+            total(fresh, accelerator)
+        run.retaining.after()
+
+
 def backward_within_memory(
     run: Running,
     sampler: Sampler,
@@ -152,7 +166,9 @@ def backward_within_memory(
         seed_noise(step, training, accelerator)
         batches = micro_batches(sampler, corpus, step, run.accumulation, accelerator)
         try:
-            return backward(run.model, run.adapter, batches, training, accelerator, run.combination, step)
+            return backward(
+                run.model, run.adapter, batches, training, accelerator, run.combination, step, run.retaining
+            )
         except (RuntimeError, MemoryError) as error:
             single = all(len(batch.task_ids) == 1 for batch in batches)
             if not out_of_memory(error) or single or accelerator.num_processes > 1:

@@ -25,6 +25,7 @@ from polyrank.evaluate import evaluate, mean
 from polyrank.files import fingerprint
 from polyrank.history import History, Log
 from polyrank.models import HeadModel, MultiTaskModel
+from polyrank.retaining import Retaining
 from polyrank.step import (
     agreed,
     autocast,
@@ -34,6 +35,7 @@ from polyrank.step import (
     share_weights,
     sum_gradients,
     tell_combiner,
+    tell_retaining,
     total,
 )
 from polyrank.tasks import Examples, Task
@@ -94,7 +96,8 @@ def train(
     parameters, optimizer = build_optimizer(model, adapter, training)
     combination = combine(training, model, adapter)
     known = identity(model, training, corpus, held)
-    run = Running(model, adapter, optimizer, training.accumulation, known, combination)
+    retaining = Retaining(training.quality_retaining, tasks) if training.quality_retaining is not None else None
+    run = Running(model, adapter, optimizer, training.accumulation, known, combination, retaining)
     first = 0 if folder is None else run.restore(folder) if resume else refuse_checkpoints(folder)
     share_weights(parameters, accelerator)
     main = accelerator.is_main_process
@@ -111,7 +114,7 @@ def train(
                 group["lr"] = group["initial_lr"] * training.rate(step)
             loss, losses = backward_within_memory(run, sampler, corpus, step, training, accelerator, log)
             sum_gradients(parameters, accelerator)
-            adapter.before_step(step / training.steps)
+            adapter.before_step((step + 1) / training.steps)
             norm = gradient_norm(parameters)
             taken = math.isfinite(loss) and math.isfinite(norm)  # sums over all processes, so all of them agree
             if taken:
@@ -119,6 +122,7 @@ def train(
                 optimizer.step()
                 adapter.after_step()
                 tell_combiner(run, sampler, corpus, step, losses, training, accelerator)
+                tell_retaining(run, accelerator)
             optimizer.zero_grad(set_to_none=False)
             combined = {} if combination is None else combination.numbers()
             log.step(step + 1, loss, losses, training.lr * training.rate(step), norm, taken, combined)
@@ -210,7 +214,8 @@ def look(
     log.evaluation(step, scores, found)
     if run.combination is not None:
         run.combination.scored(scores)
-    if run.best.offer(step, found):
+    settled = step >= run.adapter.settles * training.steps
+    if run.best.offer(step, found if settled else -math.inf):
         log.history.best_step, log.history.best_score = step, found
 
 

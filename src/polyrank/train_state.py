@@ -12,6 +12,7 @@ from polyrank.checkpoint import Checkpoint, CheckpointError, load_optimizer, new
 from polyrank.combining import Combination
 from polyrank.history import History, Log
 from polyrank.models import MultiTaskModel
+from polyrank.retaining import Retaining
 
 
 class Trainable(Protocol):
@@ -20,6 +21,8 @@ class Trainable(Protocol):
     def losses(self) -> dict[str, Tensor]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]: ...
+    @property
+    def settles(self) -> float: ...
     def before_step(self, done: float) -> None: ...
     def after_step(self) -> None: ...
     def after_task(self) -> None: ...
@@ -63,9 +66,10 @@ class Running:
         accumulation: int,
         identity: str,
         combination: Combination | None = None,
+        retaining: Retaining | None = None,
     ) -> None:
         """identity: what must be equal in the run that a checkpoint comes from."""
-        self.identity, self.combination = identity, combination
+        self.identity, self.combination, self.retaining = identity, combination, retaining
         self.model, self.adapter, self.optimizer, self.accumulation = model, adapter, optimizer, accumulation
         self.best = Best(model, adapter)
         self.skipped, self.skipped_in_a_row = 0, 0
@@ -79,9 +83,10 @@ class Running:
             "best_heads": self.best.weights["heads"],
             "optimizer": optimizer_tensors(self.optimizer),
             "combiner": {} if self.combination is None else self.combination.state,
+            "retaining": {} if self.retaining is None else self.retaining.state,
         }
         numbers = {
-            "best": [self.best.step, self.best.score],
+            "best": [self.best.step, self.best.score if math.isfinite(self.best.score) else None],
             "skipped": [history.skipped, history.skipped_in_a_row],
             "accumulation": self.accumulation,
             "identity": self.identity,
@@ -107,12 +112,15 @@ class Running:
             load_optimizer(self.optimizer, found.tensors.get("optimizer", {}))
             if self.combination is not None:
                 self.combination.state = found.tensors.get("combiner", {})
+            if self.retaining is not None:
+                self.retaining.state = found.tensors.get("retaining", {})
         except (ValueError, RuntimeError, KeyError) as error:
             raise CheckpointError(
                 f"the checkpoint of step {found.step} in {folder} is of another run: {error}"
             ) from error
         self.best.weights = {name: found.tensors[f"best_{name}"] for name in ("adapter", "heads")}
-        self.best.step, self.best.score = found.numbers["best"]
+        self.best.step, score = found.numbers["best"]
+        self.best.score = -math.inf if score is None else score
         self.skipped, self.skipped_in_a_row = found.numbers["skipped"]
         self.accumulation = found.numbers["accumulation"]
         self.messages.append(f"going on from the checkpoint of step {found.step}")
@@ -120,7 +128,8 @@ class Running:
 
     def start(self, log: Log) -> None:
         """Put into the log what a resumed run starts from."""
-        log.history.best_step, log.history.best_score = self.best.step, self.best.score if self.best.weights else 0.0
+        best = self.best.score if math.isfinite(self.best.score) else 0.0
+        log.history.best_step, log.history.best_score = self.best.step, best
         log.history.skipped, log.history.skipped_in_a_row = self.skipped, self.skipped_in_a_row
         for message in self.messages:
             log.say(message)

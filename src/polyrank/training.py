@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator,
 
 from polyrank.combine import COMBINERS, Combiner
 from polyrank.mixing import Mixing
+from polyrank.retaining import QualityRetaining
 
 TRACKERS = "trackers"  # the folder of their files, in the run's
 HARMLESS = (
@@ -59,6 +60,10 @@ class Training(BaseModel):
         default=None,
         description="how the tasks' gradients or losses are combined: a name, or name and settings; default: the "
         "sampler decides",
+    )
+    quality_retaining: QualityRetaining | None = Field(
+        default=None,
+        description="a loss that keeps each task's answers near what they were, from EMTAL; {} turns it on",
     )
     seed: int = Field(default=0, ge=0)
 

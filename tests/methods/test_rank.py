@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from polyrank import LoRA, adapt
-from polyrank.methods import METHODS as CLASSES, MALoRA, MELoRA, MoLA
-from small import METHODS, TASKS, adapted, disturb
+from polyrank.methods import METHODS as CLASSES, Faded, MALoRA, MELoRA, MoLA
+from small import GLU, METHODS, TASKS, Net, adapted, disturb
 
 
 @pytest.fixture(autouse=True)
@@ -50,27 +50,33 @@ def test_melora_has_n_times_loras_rank_at_its_size(n, r, in_features, out_featur
 
 
 def closed_form(method, shapes):
-    """SIZE for each (I, O, K) and SIZE_ONCE, evaluated."""
+    """SIZE of each layer, by its I, O, K (or H, O, G of a block), and SIZE_ONCE, evaluated."""
     known = asdict(method) | {"T": len(TASKS), "L": len(shapes)}
-    each = [eval(type(method).SIZE, {}, known | {"I": i, "O": o, "K": k, "l": l}) for l, (i, o, k) in enumerate(shapes)]
-    return sum(each) + eval(type(method).SIZE_ONCE, {}, known)
-
-
-SHAPES = [(16, 24, 16), (24, 12, 12)]  # of small.Net: I, O, K
+    if isinstance(method, Faded):
+        known |= method.of
+    each = []
+    for l, shape in enumerate(shapes):
+        beside = method.ADAPTS == "feed-forward blocks" and "H" not in shape
+        each.append(eval(method.SIZE_BESIDE if beside else method.SIZE, {}, known | shape | {"l": l}))
+    return sum(each) + eval(method.SIZE_ONCE, {}, known)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_size_is_the_closed_form(name):
-    _, adapter = adapted(METHODS[name])
-    assert trained(adapter) == closed_form(METHODS[name], SHAPES)
+    net, adapter = adapted(METHODS[name])
+    assert trained(adapter) == closed_form(METHODS[name], net.shapes)
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_default_size_is_the_closed_form(name):
     method = CLASSES[name]()
-    net = nn.Sequential(nn.Linear(384, 768), nn.Linear(768, 384))
-    adapter = adapt(net, method, tasks=TASKS, targets=["0", "1"])
-    assert trained(adapter) == closed_form(method, [(384, 768, 384), (768, 384, 384)])
+    if method.ADAPTS == "feed-forward blocks":
+        net, shapes = nn.Sequential(GLU(384, 768, 384, gated=False)), [dict(I=384, H=768, O=384, G=0)]
+    else:
+        net = nn.Sequential(nn.Linear(384, 768), nn.Linear(768, 384))
+        shapes = [dict(I=384, O=768, K=384), dict(I=768, O=384, K=384)]
+    adapter = adapt(net, method, tasks=TASKS)
+    assert trained(adapter) == closed_form(method, shapes)
 
 
 @pytest.mark.parametrize("name", ["moore", "moore_topk", "pissa", "milora"])
@@ -81,7 +87,7 @@ def test_size_where_the_weight_has_a_low_rank(name):
     with torch.no_grad():
         net[0].weight.copy_(torch.randn(24, 3) @ torch.randn(3, 16))
     adapter = adapt(net, CLASSES[name](), tasks=TASKS, targets="0")
-    assert trained(adapter) == closed_form(CLASSES[name](), [(16, 24, 3)])
+    assert trained(adapter) == closed_form(CLASSES[name](), [dict(I=16, O=24, K=3)])
 
 
 # The weights of one layer as the papers list them: one product for each matrix, in plain numbers of METHODS' sizes.
@@ -94,6 +100,7 @@ WRITTEN = {
     "moslora": lambda I, O, T, K: 4 * I + O * 4 + 4 * 4,
     "melora": lambda I, O, T, K: 2 * (2 * (I // 2) + (O // 2) * 2),
     "multilora": lambda I, O, T, K: 3 * (2 * I) + 3 * (O * 2) + 3 * O,
+    "adalora": lambda I, O, T, K: 4 * I + 4 + O * 4,
     "mtl_lora": lambda I, O, T, K: 2 * I + T * 2 * 2 + 3 * O * 2 + T * 3,
     "mtl_lora-diagonal": lambda I, O, T, K: 2 * I + T * 2 + 3 * O * 2 + T * 3,
     "moelora-layer": lambda I, O, T, K: 2 * (2 * I + O * 2) + T * 5 + 2 * 5,
@@ -112,6 +119,7 @@ WRITTEN = {
     "conditional_mixlora": lambda I, O, T, K: 5 * I + 5 * O + (5 * I + 5 * I) + 3 * 5 * I,
     "conditional_mixlora-released": lambda I, O, T, K: 5 * I + 5 * O,
     "moa": lambda I, O, T, K: T * (2 * I + O * 2) + T * I,
+    "faded": lambda I, O, T, K: 2 * I + 3 * O * 2 + 3 * I,
     "ase": lambda I, O, T, K: 6 * (2 * I + O * 2) + T * 6 * I,
     "more": lambda I, O, T, K: 6 * I + O * 6 + T * I + 6 * I + 6,
     "moore-token": lambda I, O, T, K: 4 * I + T * 6 + K * 6 + 5 * I + K * 5,
@@ -120,23 +128,43 @@ WRITTEN = {
 }
 
 
+# The same of a gated block of I inputs, H hidden units and O outputs.
+WRITTEN_BLOCKS = {
+    "mixlora": lambda I, H, O, T: 4 * (2 * (2 * I + H * 2) + 2 * H + O * 2) + 4 * I,
+    "mixlora-top_p": lambda I, H, O, T: 3 * (2 * (2 * I + H * 2) + 2 * H + O * 2) + 3 * I,
+    "emtal": lambda I, H, O, T: 2 * (2 * I + H * 2) + 2 * H + O * 2 + 4 * I,
+    "fgmoe": lambda I, H, O, T: (T + 1) * (2 * (2 * I + H * 2) + 2 * H + O * 2) + T * (7 * I) + T * I,
+}
+
+
+@pytest.mark.parametrize("name", sorted(WRITTEN_BLOCKS))
+def test_size_of_a_block_as_the_paper_lists_it(name):
+    _, adapter = adapted(METHODS[name])
+    own = [sum(p.numel() for k, p in adapter.named_parameters() if k[0] == l and p.requires_grad) for l in "qv"]
+    assert own == [2 * (16 + 24), WRITTEN_BLOCKS[name](24, 40, 12, 3)]  # beside the block, a LoRA of rank 2
+
+
 @pytest.mark.parametrize("name", sorted(WRITTEN))
 def test_size_as_the_paper_lists_it(name):
     _, adapter = adapted(METHODS[name])
-    written = [WRITTEN[name](i, o, 3, k) for i, o, k in SHAPES]
+    written = [WRITTEN[name](shape["I"], shape["O"], 3, shape["K"]) for shape in Net.shapes]
     own = [sum(p.numel() for k, p in adapter.named_parameters() if k[0] == l and p.requires_grad) for l in "qv"]
     assert own == written
-    assert closed_form(METHODS[name], SHAPES) == sum(written)
+    assert closed_form(METHODS[name], Net.shapes) == sum(written)
 
 
 def test_sizes_that_no_single_layer_tells():
-    """MOELoRA's one gate for all layers, MoLA's experts by depth: 3 in q (16 -> 24), 4 in v (24 -> 12)."""
+    """MOELoRA's one gate for all layers, VB-LoRA's one bank; MoLA's experts by depth: 3 in q (16 -> 24), 4 in v
+    (24 -> 12)."""
     _, adapter = adapted(METHODS["moelora"])
     assert trained(adapter) == 4 * (16 + 24) + 4 * (24 + 12) + (3 * 5 + 2 * 5)
-    assert trained(adapter) == closed_form(METHODS["moelora"], SHAPES)
+    assert trained(adapter) == closed_form(METHODS["moelora"], Net.shapes)
+    _, adapter = adapted(METHODS["vb_lora"])  # 3 ranks of sub-vectors of length 2, each with 7 logits
+    assert trained(adapter) == 3 * 7 * (8 + 12) + 3 * 7 * (12 + 6) + 7 * 2
+    assert trained(adapter) == closed_form(METHODS["vb_lora"], Net.shapes)
     _, adapter = adapted(METHODS["mola"])
     assert trained(adapter) == 3 * (2 * (16 + 24) + 16) + 4 * (2 * (24 + 12) + 24)
-    assert trained(adapter) == closed_form(METHODS["mola"], SHAPES)
+    assert trained(adapter) == closed_form(METHODS["mola"], Net.shapes)
 
 
 def test_malora_saves_what_its_paper_says():

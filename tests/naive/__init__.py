@@ -8,7 +8,16 @@ from polyrank import ASE, LoRA, MoORE, MoORETopK, MoRE
 
 from .by_task import BY_TASK
 from .by_token import BY_TOKEN
+from .given import GIVEN
 from .seeds import naive_ase, naive_lora, naive_moore, naive_moore_topk, naive_more, svd as svd
 
 SEEDS = {LoRA: naive_lora, MoORE: naive_moore, MoORETopK: naive_moore_topk, MoRE: naive_more, ASE: naive_ase}
-NAIVE = SEEDS | BY_TASK | BY_TOKEN
+NAIVE = SEEDS | BY_TASK | BY_TOKEN | GIVEN
+
+
+def by_name(flat):
+    """Weights by name; those of a task table as one list."""
+    found = {name: p for name, p in flat.items() if ".rows." not in name}
+    for name in sorted((name for name in flat if ".rows." in name), key=lambda name: int(name.rpartition(".")[2])):
+        found.setdefault(name.rpartition(".rows.")[0], []).append(flat[name])
+    return found

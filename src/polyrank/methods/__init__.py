@@ -1,16 +1,21 @@
 """One paper, one file, one frozen dataclass. ``METHODS`` gives the names of recipes and of the command line."""
 
+from .adalora import AdaLoRA as AdaLoRA
 from .ase import ASE as ASE
 from .base import Method as Method
 from .c_lorae import CLoRAE as CLoRAE
 from .conditional_mixlora import ConditionalMixLoRA as ConditionalMixLoRA
 from .dora import DoRA as DoRA
+from .emtal import EMTAL as EMTAL
+from .faded import Faded as Faded
+from .fgmoe import FGMoE as FGMoE
 from .hydralora import HydraLoRA as HydraLoRA
 from .lora import LoRA as LoRA
 from .loramoe import LoRAMoE as LoRAMoE
 from .malora import MALoRA as MALoRA
 from .melora import MELoRA as MELoRA
 from .milora import MiLoRA as MiLoRA
+from .mixlora import MixLoRA as MixLoRA
 from .mmolre import MMoLRE as MMoLRE
 from .moa import MoA as MoA
 from .mode import MoDE as MoDE
@@ -27,6 +32,7 @@ from .poly import Poly as Poly
 from .rslora import RsLoRA as RsLoRA
 from .smora import SMoRA as SMoRA
 from .teamlora import TeamLoRA as TeamLoRA
+from .vb_lora import VBLoRA as VBLoRA
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
@@ -37,6 +43,8 @@ METHODS: dict[str, type[Method]] = {
     "moslora": MoSLoRA,
     "melora": MELoRA,
     "multilora": MultiLoRA,
+    "vb_lora": VBLoRA,
+    "adalora": AdaLoRA,
     "more": MoRE,
     "mtl_lora": MTLLoRA,
     "moelora": MOELoRA,
@@ -55,4 +63,8 @@ METHODS: dict[str, type[Method]] = {
     "omoe": OMoE,
     "conditional_mixlora": ConditionalMixLoRA,
     "moa": MoA,
+    "mixlora": MixLoRA,
+    "emtal": EMTAL,
+    "faded": Faded,
+    "fgmoe": FGMoE,
 }

@@ -41,56 +41,37 @@ from ..mixture import (
     MixtureLinear,
     NaiveShared,
     Note,
-    Router,
+    PerTaskRouter,
     Site,
     SoftmaxTopK,
-    TaskTable,
     global_sum,
-    in_out_features,
     mutual_information,
-    uniform,
 )
 from .base import STRICT, Method
 
 
-class PerTaskRouter(Router):
-    """One linear router of each token for each task; a mixed batch gathers the weights of its tasks."""
+class JointWatched(Gate):
+    """Another gate that notes the softmax mass of the routed experts by task, summed over the tokens: (T, E - S)."""
 
-    reads = frozenset({"task", "token"})
-
-    def __init__(self, base: nn.Module, num_tasks: int, num_experts: int, num_shared: int) -> None:
+    def __init__(self, gate: Gate, num_tasks: int, num_shared: int) -> None:
         super().__init__()
-        self.weights = TaskTable(uniform(base, num_tasks, num_experts, in_out_features(base)[0]))
-        self.num_shared = num_shared
+        self.gate, self.num_tasks, self.num_shared = gate, num_tasks, num_shared
 
-    def rows(self) -> None:
-        return None
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.gate(logits)
 
-    def forward(self, x: Tensor, z: Tensor, site: Site) -> Tensor:
-        ids, weights = site.ids(x), self.weights()  # (T, E, I)
-        if site.per_token:
-            every = F.linear(x, weights.flatten(0, 1).to(x.dtype)).unflatten(-1, weights.shape[:2])
-            return every.gather(-2, ids[..., None, None].expand(*ids.shape, 1, every.shape[-1])).squeeze(-2)
-        weights = F.embedding(ids.reshape(-1), weights.flatten(1)).unflatten(-1, weights.shape[1:])  # (B, E, I)
-        rows = x.reshape(len(x), -1, x.shape[-1])
-        logits = torch.bmm(rows, weights.to(x.dtype).transpose(1, 2)).view(*x.shape[:-1], -1)
-        if self.training and site.listens:
-            site.note("joint", self._joint(logits, ids.reshape(-1), site.mask(x)))
-        return logits
-
-    def _joint(self, logits: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Softmax mass of the routed experts by task, summed over the tokens: (T, E - S)."""
+    def watch(self, logits: Tensor, weights: Tensor, site: Site) -> None:
+        if site.per_token:  # requests flattened into a row
+            return
+        ids, mask = site.ids(logits).reshape(-1), site.mask(logits)
         p = F.softmax(logits[..., self.num_shared :], -1, dtype=torch.promote_types(logits.dtype, torch.float32))
         p = p.reshape(len(ids), -1, p.shape[-1])
         if mask is not None:
             p = p * mask.reshape(len(ids), -1, 1).to(p)
-        return p.new_zeros(len(self.weights), p.shape[-1]).index_add(0, ids, p.sum(1))
+        site.note("joint", p.new_zeros(self.num_tasks, p.shape[-1]).index_add(0, ids, p.sum(1)))
 
-    def active_parameters(self) -> int:
-        return self.weights.row_numel()
-
-    def flops_per_token(self) -> int:
-        return 2 * self.weights.row_numel()
+    def num_active(self, num_experts: int) -> int:
+        return self.gate.num_active(num_experts)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -135,20 +116,21 @@ class ASE(Method):
             rank=self.rank // factor, alpha=self.alpha / factor,
         )  # fmt: skip
 
-    def _gate(self) -> Gate:
+    def _gate(self, num_tasks: int) -> Gate:
+        gate: Gate = JointTopK(self.k, self.num_shared)
         if self.gate == "baseline":
-            return SoftmaxTopK(self.k)
-        if self.gate == "naive_shared":
-            return NaiveShared(self.k, self.num_shared)
-        return JointTopK(self.k, self.num_shared)
+            gate = SoftmaxTopK(self.k)
+        elif self.gate == "naive_shared":
+            gate = NaiveShared(self.k, self.num_shared)
+        return JointWatched(gate, num_tasks, self.num_shared) if self.mutual_information else gate
 
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
         return {
             name: MixtureLinear(
                 base,
                 experts=LoRAExperts(base, self.num_experts, self.rank),
-                router=PerTaskRouter(base, len(tasks), self.num_experts, self.num_shared),
-                gate=self._gate(),
+                router=PerTaskRouter(base, len(tasks), self.num_experts),
+                gate=self._gate(len(tasks)),
                 scale=self.alpha / self.rank,
             )
             for name, base in sites.items()
@@ -156,7 +138,7 @@ class ASE(Method):
 
     def losses(self, notes: Mapping[str, Sequence[Note]]) -> dict[str, Tensor]:
         joints = [joint for _, joint in notes.get("joint", ())]
-        if not joints or not self.mutual_information:
+        if not joints:
             return {}
         stacked = global_sum(torch.stack(joints))  # (layers, T, E - S)
         stacked = stacked / stacked.sum((-2, -1), keepdim=True).clamp_min(1e-9)

@@ -9,7 +9,21 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..mixture import Gate, JointTopK, Mixture, Note, Watched, in_out_features, is_plain, load_balance, weight_of
+from ..mixture import (
+    FeedForward,
+    FeedForwardMixture,
+    Gate,
+    JointTopK,
+    LoRAExperts,
+    Mixture,
+    MixtureLinear,
+    Note,
+    Watched,
+    in_out_features,
+    is_plain,
+    load_balance,
+    weight_of,
+)
 from ..svd import Factors, factorise, numerical_rank
 
 # an unknown hyper-parameter is an error, not a default; a string below a field says what it is
@@ -34,6 +48,11 @@ class Method(ABC):
     def starts_as_base(self) -> bool:
         """Whether the adapted model is the base before training."""
         return True
+
+    @property
+    def settles(self) -> float:
+        """The share of the training after which the layers are what they will be: no earlier state is the best one."""
+        return 0.0
 
     @abstractmethod
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
@@ -60,7 +79,7 @@ class Method(ABC):
     def before_step(self, layers: Mapping[str, Mixture], done: float) -> None:
         """Called when the gradients of a step are complete, before they are clipped and used: may change them.
 
-        done: the share of the training that lies behind, 0 at the first step, below 1 at the last.
+        done: the share of the training that is done with this step, 1 at the last one.
         """
         return
 
@@ -71,6 +90,28 @@ class Method(ABC):
     def after_task(self, layers: Mapping[str, Mixture]) -> None:
         """Called when one task of several that are trained one after the other is over."""
         return
+
+
+class BlockMethod(Method):
+    """A method for feed-forward blocks. SIZE: of a block of I inputs, H hidden units, O outputs; G = 1 if gated."""
+
+    ADAPTS = "feed-forward blocks"
+    SIZE_BESIDE: ClassVar[str] = "rank * (I + O)"  # of another linear layer
+    rank: int
+    alpha: float
+
+    @abstractmethod
+    def block(self, base: FeedForward, tasks: Sequence[str]) -> FeedForwardMixture:
+        """The layer in the place of one block."""
+
+    def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
+        """Other linear layers, such as those of attention, get a plain LoRA."""
+        return {
+            name: self.block(base, tasks)
+            if isinstance(base, FeedForward)
+            else MixtureLinear(base, experts=LoRAExperts(base, 1, self.rank), scale=self.alpha / self.rank)
+            for name, base in sites.items()
+        }
 
 
 def check_plain(name: str, base: nn.Module, why: str) -> None:
@@ -118,3 +159,18 @@ def balance_loss(notes: Mapping[str, Sequence[Note]], weight: float) -> dict[str
     """``weight`` times the mean balance loss of all layers whose gates are ``Watched``."""
     loads = [load_balance(load) for _, load in notes.get("load", ())]
     return {"balance": weight * torch.stack(loads).mean()} if loads else {}
+
+
+def check_fade(fade: tuple[float, float]) -> None:
+    """
+    Raises:
+        ValueError: it does not begin before it ends.
+    """
+    if fade[0] >= fade[1]:
+        raise ValueError(f"fade={list(fade)}: give the shares of the training between which it falls, such as [0, 0.5]")
+
+
+def share_left(done: float, fade: tuple[float, float]) -> float:
+    """How much of a router counts: 1 before ``fade`` begins, 0 from its end on, linear between."""
+    begin, end = fade
+    return min(1.0, max(0.0, (end - done) / (end - begin)))

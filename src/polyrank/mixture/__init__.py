@@ -40,12 +40,19 @@ from .gates import (
     SoftmaxTopK as SoftmaxTopK,
     Watched as Watched,
 )
-from .linear import Mixture as Mixture, MixtureLinear as MixtureLinear, context_of as context_of
+from .linear import (
+    Mixture as Mixture,
+    MixtureLinear as MixtureLinear,
+    add as add,
+    context_of as context_of,
+    run as run,
+)
 from .primitives import base_shrink as base_shrink, compute_dtype as compute_dtype, expand_ as expand_
 from .reflections import Reflections as Reflections
 from .route import Note as Note, Route as Route
 from .routers import (
     LinearRouter as LinearRouter,
+    PerTaskRouter as PerTaskRouter,
     Router as Router,
     SampleRouter as SampleRouter,
     Sum as Sum,

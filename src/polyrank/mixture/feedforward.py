@@ -1,6 +1,6 @@
 """The feed-forward block as one site: for mixtures whose experts join after its nonlinearity."""
 
-from abc import ABC, abstractmethod
+from abc import ABC
 
 from torch import Tensor, nn
 
@@ -76,8 +76,9 @@ class FeedForwardMixture(Mixture, ABC):
     def frozen(self) -> list[nn.Module]:
         return self.base.linears()
 
-    @abstractmethod
-    def task_weights(self, task: int) -> list[tuple[nn.Module, Tensor]]: ...
+    def task_weights(self, task: int) -> list[tuple[nn.Module, Tensor]]:
+        self.refuse_if_input_routed()
+        raise ValueError(f"{self.site.name}: no weights of its linear layers stand for this block on a task")
 
     def task_weight(self, task: int) -> Tensor:
         """

@@ -19,6 +19,10 @@ class Gate(nn.Module, ABC):
         """Called in training with what ``forward`` read and gave: leave notes for losses, or count."""
         return
 
+    def fixed(self) -> Tensor | None:
+        """The weights (E,) of a gate that no longer looks at its logits; None as long as it does."""
+        return None
+
     @abstractmethod
     def num_active(self, num_experts: int) -> int:
         """How many of the experts work on one token, at most."""

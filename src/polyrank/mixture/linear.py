@@ -110,14 +110,8 @@ class MixtureLinear(Mixture):
         rank, rows = len(a), None if self.router is None else self.router.rows()
         if rows is not None:
             a = torch.cat([a, rows])
-        fast = runs_primitives(self.base)
-        if fast:
-            y, z = base_shrink(x, weight_of(self.base), self.bias, a)
-        else:  # quantised, sharded, wrapped, hooked: the base runs as it is
-            y, z = self.base(x), F.linear(x, a.to(compute_dtype(x)))
-        q = self.mix(x, z, rank, self.site)
-        b = self.experts.up(self.base)
-        return expand_(y, q, b) if fast else y + F.linear(q, b.t().to(q.dtype)).to(y.dtype)
+        y, z = run(self.base, x, a)
+        return add(self.base, y, self.mix(x, z, rank, self.site), self.experts.up(self.base))
 
     def mix(self, x: Tensor, z: Tensor, rank: int, site: Site) -> Tensor:
         """The rank side: q = s C(x, t) z, (..., R')."""
@@ -137,7 +131,8 @@ class MixtureLinear(Mixture):
 
     @property
     def reads(self) -> frozenset[str]:
-        return self.experts.reads | (frozenset() if self.router is None else self.router.reads)
+        asked = self.router is not None and (self.gate is None or self.gate.fixed() is None)
+        return self.experts.reads | (self.router.reads if asked and self.router is not None else frozenset())
 
     def active_parameters(self) -> int:
         experts = self.experts.active_parameters(
@@ -151,9 +146,10 @@ class MixtureLinear(Mixture):
         """The core is linear in z, so it is its value on the identity: minimal rank, whatever the method."""
         self.refuse_if_input_routed()
         a, training = self.experts.down(), self.training
-        eye = torch.eye(len(a), device=a.device, dtype=a.dtype)
+        eye, site = torch.eye(len(a), device=a.device, dtype=a.dtype), self.site.on(task, a.device)
+        fixed = None if self.gate is None else self.gate.fixed()
         self.eval()  # no noise in a merged weight
-        q = self.mix(eye, eye, len(a), self.site.on(task, a.device))  # (R, R')
+        q = self.mix(eye, eye, len(a), site) if fixed is None else self.scale * self.experts.core(eye, fixed, site)
         self.train(training)
         return a, q @ self.experts.up(self.base).to(a.dtype)
 
@@ -166,6 +162,18 @@ class MixtureLinear(Mixture):
         a, b = self.experts.down(), self.experts.up(self.base)
         router = 0 if self.router is None else self.router.flops_per_token()
         return 2 * (self.in_features * self.out_features + a.numel() + b.numel()) + router
+
+
+def run(base: nn.Module, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """The frozen layer's output (..., O) and the thin products x A' (..., R), by ``base_shrink`` where it may be."""
+    if runs_primitives(base):
+        return base_shrink(x, weight_of(base), base._parameters["bias"], a)
+    return base(x), F.linear(x, a.to(compute_dtype(x)))  # quantised, sharded, wrapped, hooked: it runs as it is
+
+
+def add(base: nn.Module, y: Tensor, q: Tensor, b: Tensor) -> Tensor:
+    """``y`` that ``run`` gave, and q B (..., O); in place where it may be. q: (..., R'); b: (R', O)."""
+    return expand_(y, q, b) if runs_primitives(base) else y + F.linear(q, b.t().to(q.dtype)).to(y.dtype)
 
 
 def context_of(model: nn.Module) -> RouteContext | None:

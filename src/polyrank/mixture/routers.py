@@ -108,6 +108,34 @@ class LinearRouter(Router):
         return 2 * self.weight.numel()
 
 
+class PerTaskRouter(Router):
+    """One linear router of each token for each task; a mixed batch gathers the weights of its tasks."""
+
+    reads = frozenset({"task", "token"})
+
+    def __init__(self, base: nn.Module, num_tasks: int, num_experts: int) -> None:
+        super().__init__()
+        self.weights = TaskTable(uniform(base, num_tasks, num_experts, in_out_features(base)[0]))
+
+    def rows(self) -> None:
+        return None
+
+    def forward(self, x: Tensor, z: Tensor, site: Site) -> Tensor:
+        ids, weights = site.ids(x), self.weights()  # (T, E, I)
+        if site.per_token:
+            every = F.linear(x, weights.flatten(0, 1).to(x.dtype)).unflatten(-1, weights.shape[:2])
+            return every.gather(-2, ids[..., None, None].expand(*ids.shape, 1, every.shape[-1])).squeeze(-2)
+        weights = F.embedding(ids.reshape(-1), weights.flatten(1)).unflatten(-1, weights.shape[1:])  # (B, E, I)
+        rows = x.reshape(len(x), -1, x.shape[-1])
+        return torch.bmm(rows, weights.to(x.dtype).transpose(1, 2)).view(*x.shape[:-1], -1)
+
+    def active_parameters(self) -> int:
+        return self.weights.row_numel()
+
+    def flops_per_token(self) -> int:
+        return 2 * self.weights.row_numel()
+
+
 class TokenRouter(Router):
     """G_up f(G x): a bottleneck of each token, linear by default. G as nn.Linear's default, G_up zero at the start."""
 

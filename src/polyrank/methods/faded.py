@@ -1,0 +1,134 @@
+"""Router fading for any soft mixture, from EMTAL (Zhong et al., NeurIPS 2024).
+
+https://arxiv.org/abs/2501.06884
+
+    g = a gate(logits) + (1 - a) gate(0)       a from 1 to 0 while the model trains
+
+Another method for linear layers, of which every expert answers (a soft gate): at the end the weights are those that
+equal logits give, whatever the input, so that one weight stands for each layer, and `merge` gives it exactly.
+
+Choose it if a method with a soft router serves you, and the model must leave as a plain one.
+
+Deviations from the paper: it fades the router of its own method, inside feed-forward blocks (`emtal`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Annotated, Any, Self
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from ..mixture import Gate, Mixture, MixtureLinear, Note, Site, place
+from .base import STRICT, Method, check_fade, share_left
+
+
+class Fading(Gate):
+    """A soft gate that loses its sight."""
+
+    def __init__(self, gate: Gate, num_logits: int, base: nn.Module) -> None:
+        super().__init__()
+        self.gate, self.num_logits = gate, num_logits
+        self.kept = nn.Parameter(torch.ones((), **place(base)), requires_grad=False)  # a
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.kept * self.gate(logits) + (1 - self.kept) * self.gate(torch.zeros_like(logits))
+
+    def watch(self, logits: Tensor, weights: Tensor, site: Site) -> None:
+        self.gate.watch(logits, weights, site)
+
+    def fixed(self) -> Tensor | None:
+        return None if float(self.kept) else self.gate(self.kept.new_zeros(self.num_logits))
+
+    def num_active(self, num_experts: int) -> int:
+        return self.gate.num_active(num_experts)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT | {"validate_default": True})
+class Faded(Method):
+    of: dict[str, Any] | str = "hydralora"
+    """the method: its name, or name and fields"""
+    fade: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(le=1)]] = (0.0, 0.5)
+    """the shares of the training between which a falls from 1 to 0"""
+
+    @field_validator("of", mode="before")
+    @classmethod
+    def _of(cls, given: object) -> object:
+        """With every field filled in."""
+        from . import METHODS  # all methods are known only by then
+
+        fields = {"name": given} if isinstance(given, str) else given
+        if not isinstance(fields, dict) or fields.get("name") not in METHODS:
+            raise ValueError(f"of={given!r} names no method of polyrank: `polyrank methods` lists them")
+        resolved: Any = METHODS[fields["name"]](**{key: value for key, value in fields.items() if key != "name"})
+        return {"name": fields["name"], **asdict(resolved)}
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        check_fade(self.fade)
+        return self
+
+    @property
+    def method(self) -> Method:
+        from . import METHODS
+
+        assert isinstance(self.of, dict)
+        return METHODS[self.of["name"]](**{key: value for key, value in self.of.items() if key != "name"})
+
+    @property
+    def SIZE(self) -> str:  # type: ignore[override]
+        return self.method.SIZE
+
+    @property
+    def SIZE_ONCE(self) -> str:  # type: ignore[override]
+        return self.method.SIZE_ONCE
+
+    @property
+    def starts_as_base(self) -> bool:
+        return self.method.starts_as_base
+
+    @property
+    def settles(self) -> float:
+        return self.fade[1]
+
+    def bank(self) -> Method | None:
+        return self.method.bank()
+
+    def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
+        layers = self.method.build(sites, tasks)
+        for name, layer in layers.items():
+            if not isinstance(layer, MixtureLinear) or layer.gate is None or layer.router is None:
+                raise ValueError(f"{name}: {self.method} has no gate beside a router, so nothing can fade")
+            if layer.gate.num_active(layer.experts.num_experts) < layer.experts.num_experts:
+                raise ValueError(f"{name}: the gate of {self.method} chooses experts, and only a soft one can fade")
+            layer.gate = Fading(layer.gate, _num_logits(layer), layer.base)
+        return layers
+
+    def losses(self, notes: Mapping[str, Sequence[Note]]) -> dict[str, Tensor]:
+        return self.method.losses(notes)
+
+    def param_groups(self, layers: Mapping[str, Mixture], lr: float, weight_decay: float) -> list[dict[str, object]]:
+        return self.method.param_groups(layers, lr, weight_decay)
+
+    def before_step(self, layers: Mapping[str, Mixture], done: float) -> None:
+        self.method.before_step(layers, done)
+        for layer in layers.values():
+            assert isinstance(layer, MixtureLinear) and isinstance(layer.gate, Fading)
+            layer.gate.kept.fill_(share_left(done, self.fade))
+
+    def after_step(self, layers: Mapping[str, Mixture]) -> None:
+        self.method.after_step(layers)
+
+    def after_task(self, layers: Mapping[str, Mixture]) -> None:
+        self.method.after_task(layers)
+
+
+def _num_logits(layer: MixtureLinear) -> int:
+    """How many logits the router gives, from one row of zeros."""
+    assert layer.router is not None
+    rows, like = layer.router.rows(), layer.experts.down()
+    z = like.new_zeros(1, 0 if rows is None else len(rows))
+    with torch.no_grad():
+        return layer.router(like.new_zeros(1, layer.in_features), z, Site().on(0, like.device)).shape[-1]

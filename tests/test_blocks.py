@@ -1,0 +1,165 @@
+"""Feed-forward blocks are found by what they compute, in every family, and refused where there are none."""
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+from torch.testing import assert_close
+
+from polyrank import Adapter, adapt
+from polyrank.blocks import find
+from polyrank.methods import EMTAL, MixLoRA
+from small import GLU, BlockNet, disturb
+
+SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+T5 = dict(vocab_size=50, d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8)
+IMAGE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+
+
+def gpt2():
+    config = hf.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+    return hf.GPT2LMHeadModel(config)
+
+
+FAMILIES = {
+    "llama": lambda: hf.LlamaModel(hf.LlamaConfig(vocab_size=50, **SMALL)),
+    "qwen2": lambda: hf.Qwen2Model(hf.Qwen2Config(vocab_size=50, num_key_value_heads=2, **SMALL)),
+    "gpt2": gpt2,
+    "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
+    "t5-gated": lambda: hf.T5ForConditionalGeneration(hf.T5Config(feed_forward_proj="gated-gelu", **T5)),
+    "bert": lambda: hf.BertModel(hf.BertConfig(vocab_size=50, **SMALL)),
+    "roberta": lambda: hf.RobertaModel(hf.RobertaConfig(vocab_size=50, **SMALL)),
+    "deberta": lambda: hf.DebertaV2Model(hf.DebertaV2Config(vocab_size=50, **SMALL)),
+    "vit": lambda: hf.ViTModel(hf.ViTConfig(image_size=16, patch_size=8, **SMALL)),
+    "dinov2": lambda: hf.Dinov2Model(hf.Dinov2Config(image_size=28, patch_size=14, **IMAGE)),
+    "dinov2-swiglu": lambda: hf.Dinov2Model(
+        hf.Dinov2Config(image_size=28, patch_size=14, use_swiglu_ffn=True, **IMAGE)
+    ),
+    "swin": lambda: hf.SwinModel(
+        hf.SwinConfig(image_size=32, patch_size=4, embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=4)
+    ),
+}
+GATED = {"llama", "qwen2", "t5-gated", "dinov2-swiglu"}
+SIBLINGS = {"bert", "roberta", "deberta"}
+every = pytest.mark.parametrize("family", sorted(FAMILIES))
+
+
+def built(family):
+    torch.manual_seed(0)
+    return FAMILIES[family]().eval()
+
+
+def given(family, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    if family in ("vit", "dinov2", "dinov2-swiglu", "swin"):
+        side = {"vit": 16, "swin": 32}.get(family, 28)
+        return {"pixel_values": torch.randn(2, 3, side, side, generator=generator)}
+    ids = torch.randint(3, 50, (2, 7), generator=generator)
+    return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :4]} if family.startswith("t5") else {})
+
+
+def output(model, family, **more):
+    return model(**given(family), **more)[0]
+
+
+@every
+def test_finds_every_block(family):
+    blocks = list(find(built(family)))
+    assert len(blocks) == (4 if family.startswith("t5") else 2)
+    assert all((block.parts.gate is not None) == (family in GATED) for block in blocks)
+    assert all(bool(block.elsewhere) == (family in SIBLINGS) for block in blocks)
+
+
+@every
+def test_a_mixture_in_every_block_from_start_to_end(family, tmp_path):
+    """Starts as the base, has gradients, is saved and loaded, and leaves the model as it was."""
+    model = built(family)
+    before, modules = output(model, family), [type(module) for module in model.modules()]
+    adapter = adapt(model, MixLoRA(num_experts=3, rank=2, alpha=4), tasks=["a", "b"])
+    ids = torch.tensor([0, 1])
+    assert_close(output(model, family, task_ids=ids), before, atol=1e-5, rtol=1e-4)
+    assert any(name.endswith(("mlp", "intermediate", "DenseReluDense")) for name in adapter.layers)
+    disturb(adapter)
+    y = output(model, family, task_ids=ids)
+    assert not torch.allclose(y, before, atol=1e-3)
+    y.square().mean().backward()
+    idle = {name for name, p in adapter.named_parameters() if p.grad is None}
+    assert all(name.startswith("pooler.") for name in idle)  # it comes after the states that were read
+    adapter.save(tmp_path / "adapter")
+    fresh = built(family)
+    Adapter.load(tmp_path / "adapter", fresh)
+    assert torch.equal(output(fresh.eval(), family, task_ids=ids), y)
+    adapter.remove()
+    assert [type(module) for module in model.modules()] == modules
+    assert torch.equal(output(model, family), before)
+
+
+@every
+def test_a_faded_emtal_leaves_a_plain_model(family):
+    model = built(family)
+    modules = [type(module) for module in model.modules()]
+    adapter = adapt(model, EMTAL(num_experts=4, rank=2), tasks=["a"])
+    disturb(adapter, by=0.1)
+    ids = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="depends on the input"):
+        adapter.merge("a")
+    adapter.before_step(0.5)
+    y = output(model, family, task_ids=ids)
+    plain = adapter.merge("a")
+    assert [type(module) for module in plain.modules()] == modules
+    assert_close(output(plain, family), y, atol=1e-5, rtol=1e-4)
+
+
+class Unlike(nn.Module):
+    """Two linear layers and an activation that are no feed-forward block."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = GLU(8, 12, 8, gated=False)
+        self.mlp.forward = lambda x: self.mlp.down(self.mlp.act(self.mlp.up(x)) ** 2)
+
+    def forward(self, x):
+        return self.mlp(x)
+
+
+def test_refuses_what_computes_something_else():
+    with pytest.raises(ValueError, match=r"MixLoRA adapts feed-forward blocks, .* mlp \(GLU\) computes something else"):
+        adapt(Unlike(), MixLoRA(), tasks=["a"])  # its activation is squared
+    config = hf.OPTConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=24, word_embed_proj_dim=16
+    )
+    opt = hf.OPTModel(config)  # its feed-forward layers stand in the layer itself, beside attention
+    trained = [p.requires_grad for p in opt.parameters()]
+    with pytest.raises(ValueError, match="take a method for linear layers"):
+        adapt(opt, MixLoRA(), tasks=["a"])
+    assert [p.requires_grad for p in opt.parameters()] == trained
+
+
+def test_refuses_half_a_block_and_targets_outside_of_any():
+    with pytest.raises(ValueError, match=r"v is a feed-forward block .* leave out v\.gate, v\.down"):
+        adapt(BlockNet(), MixLoRA(), tasks=["a"], targets=["q", "v.up"])
+    with pytest.raises(ValueError, match=r"no target stands in one: .* v\.up"):
+        adapt(BlockNet(), MixLoRA(), tasks=["a"], targets=["q"])
+
+
+def test_blocks_alone_can_be_targeted():
+    adapter = adapt(
+        built("bert"), MixLoRA(num_experts=3, rank=2), tasks=["a"], targets=r".*(intermediate|\d\.output)\.dense"
+    )
+    assert list(adapter.layers) == ["encoder.layer.0.intermediate", "encoder.layer.1.intermediate"]
+
+
+def test_dropout_stands_where_the_model_has_it():
+    """In training, with the same noise, the parts and the block are the same: T5 drops inside, GPT-2 after."""
+    for family in ("t5", "gpt2"):
+        model = built(family)
+        for block in find(model):
+            module, x = model.get_submodule(block.name), torch.randn(2, 5, 16)
+            outputs = []
+            for one in (module, block.parts):
+                one.train()
+                torch.manual_seed(3)
+                outputs.append(one(x))
+            assert_close(*outputs)
+            assert (outputs[0] == 0).any() == (family == "gpt2")
+        assert not model.training
