@@ -27,7 +27,7 @@ from polyrank.assets import model_folder
 from polyrank.methods import METHODS
 
 from .alignment import Start, standardised, start
-from .data import ANSWERS, Question, Scenes, load, questions
+from .data import ANSWERS, Question, Scenes, by_chance, load, questions
 from .model import Batch, Fusion, Heads, Projection, Reader
 from .report import Run, write
 
@@ -186,13 +186,15 @@ def main() -> None:
     )
     bench = Bench(learnt, shown, first, tokenizer, given)
     sizes = {task: (len(learnt.asked[task]), len(shown.asked[task])) for task in TASKS}
+    common = {task: majority(shown.asked[task]) for task in TASKS}
+    chance = {task: by_chance(made[1], shown.asked[task]) for task in TASKS if task != "count"}
     runs: list[Run] = []
     for seed in given.seeds:
         for name in given.methods:
             for sees in (True, False):
                 runs.append(run(bench, name, sees, seed))
                 print(runs[-1], flush=True)
-                write(given.out, runs, {task: majority(shown.asked[task]) for task in TASKS}, sizes, given)
+                write(given.out, runs, common, chance, sizes, given)
 
 
 if __name__ == "__main__":

@@ -162,3 +162,13 @@ def _balanced(asked: Sequence[Question]) -> list[Question]:
             taken[key] += 1
             kept.append(question)
     return kept
+
+
+def by_chance(made: Scenes, asked: Sequence[Question]) -> float:
+    """Accuracy in % of answering about an object of the scene drawn at random, whichever is asked about."""
+    right = []
+    for question in asked:
+        things = made.things[question.scene]
+        names = [thing.colour if question.task == "colour" else thing.name for thing in things]
+        right.append(names.count(ANSWERS[question.task][question.answer]) / len(things))
+    return 100 * sum(right) / len(right)
