@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "checkpoint": {"files"},
     "manifest": set(),
     "gguf_model": set(),
-    "assets": {"manifest", "gguf_model"},
+    "onnx_model": set(),
+    "assets": {"manifest", "gguf_model", "onnx_model"},
     "data": {"assets", "tasks"},
     "tasks": {"files", "reader"},  # the reader for its types only
     "reader": {"tasks"},

