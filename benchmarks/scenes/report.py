@@ -14,8 +14,8 @@ TEXT = (
     the renderer's own segmentation and depth; near ties are not asked. Questions for training and for test:
     {asked}. With so few, a standard error is 2 to 5 points: compare a method with its own text alone, not
     methods with each other. The layers and the learning rate were chosen for `lora` on test scenes of
-    another seed, and nobody looked at these before. Beyond "a random object of the scene", which knows what stands there but not
-    which object is meant, a method has found the object.""",
+    another seed, and nobody looked at these before. Beyond "a random object of the scene", which knows what
+    stands there but not which object is meant, a method has found the object.""",
     """A frozen DINOv2-small that was fine-tuned for saliency (not the original checkpoint) makes 64 tokens of a
     picture. The {tokens} that look most like objects go through a trained projection and stand before the
     question in the lower {layers} of MiniLM's 6 layers. The projection starts from two ridge regressions on
