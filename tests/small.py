@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from polyrank import ASE, Adapter, LoRA, Method, MoORE, MoORETopK, MoRE, adapt
 from polyrank.methods import (
+    SAME,
     CLoRAE,
     ConditionalMixLoRA,
     DoRA,
@@ -80,6 +81,9 @@ METHODS: dict[str, Method] = {
     "conditional_mixlora": ConditionalMixLoRA(num_experts=5, rank=3, alpha=6),
     "conditional_mixlora-released": ConditionalMixLoRA(num_experts=5, rank=3, alpha=6, selection="released"),
     "moa": MoA(rank=2, alpha=4),
+    "same": SAME(num_experts=3, rank=2, alpha=4),
+    "same-parameters": SAME(num_experts=3, rank=2, alpha=4, mixing="parameters"),
+    "same-released": SAME(num_experts=3, rank=2, alpha=4, mixing="parameters", gate="batch", damping="released"),
 }
 TASK, TOKEN = frozenset({"task"}), frozenset({"token"})
 # What the gate of each method reads, written down by hand: the contract's rows follow from it.
@@ -92,12 +96,15 @@ READS: dict[str, frozenset[str]] = {
     **dict.fromkeys(["moore-sample", "moore_topk-sample", "moa"], frozenset({"task", "sample"})),
     **dict.fromkeys(["hydralora", "loramoe", "loramoe-kinds", "mola", "malora", "mode", "mode-block"], TOKEN),
     **dict.fromkeys(["smora", "smora-softmax", "smora-biased", "teamlora", "omoe", "omoe-unit"], TOKEN),
+    **dict.fromkeys(["same", "same-parameters"], TOKEN),
+    "same-released": frozenset({"batch"}),
     **dict.fromkeys(["conditional_mixlora", "conditional_mixlora-released"], frozenset({"sample"})),
 }
 STATIC = {name for name, reads in READS.items() if reads <= {"task"}}  # merges
 TASKLESS = {name for name, reads in READS.items() if "task" not in reads}
 FULL_RANK = {"moore-task", "dora"}  # merges, but its delta is no LoRA
 NOT_THE_BASE = {"omoe-unit"}  # at step 0
+BY_BATCH = {name for name, reads in READS.items() if "batch" in reads}  # a sample depends on its neighbours
 NOISY = (Poly,)  # in training
 
 

@@ -18,7 +18,7 @@ def test_public_names():
 
 def test_methods_by_name():
     names = """lora rslora dora pissa milora moslora melora multilora more mtl_lora moelora poly moore moore_topk ase
-    c_lorae hydralora loramoe mola malora mode smora teamlora omoe conditional_mixlora moa"""
+    c_lorae hydralora loramoe mola malora mode smora teamlora omoe conditional_mixlora moa same"""
     assert [*polyrank.METHODS] == names.split()
 
 

@@ -111,6 +111,7 @@ WRITTEN = {
     "omoe": lambda I, O, T, K: 3 * (2 * I + O * 2) + 3 * I,
     "conditional_mixlora": lambda I, O, T, K: 5 * I + 5 * O + (5 * I + 5 * I) + 3 * 5 * I,
     "conditional_mixlora-released": lambda I, O, T, K: 5 * I + 5 * O,
+    "same": lambda I, O, T, K: 3 * (2 * I + O * 2) + 3 * I,
     "moa": lambda I, O, T, K: T * (2 * I + O * 2) + T * I,
     "ase": lambda I, O, T, K: 6 * (2 * I + O * 2) + T * 6 * I,
     "more": lambda I, O, T, K: 6 * I + O * 6 + T * I + 6 * I + 6,

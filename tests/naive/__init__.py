@@ -9,6 +9,7 @@ from polyrank import ASE, LoRA, MoORE, MoORETopK, MoRE
 from .by_task import BY_TASK
 from .by_token import BY_TOKEN
 from .seeds import naive_ase, naive_lora, naive_moore, naive_moore_topk, naive_more, svd as svd
+from .sequence import SEQUENCE
 
 SEEDS = {LoRA: naive_lora, MoORE: naive_moore, MoORETopK: naive_moore_topk, MoRE: naive_more, ASE: naive_ase}
-NAIVE = SEEDS | BY_TASK | BY_TOKEN
+NAIVE = SEEDS | BY_TASK | BY_TOKEN | SEQUENCE

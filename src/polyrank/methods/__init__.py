@@ -24,6 +24,7 @@ from .omoe import OMoE as OMoE
 from .pissa import PiSSA as PiSSA
 from .poly import Poly as Poly
 from .rslora import RsLoRA as RsLoRA
+from .same import SAME as SAME
 from .smora import SMoRA as SMoRA
 from .teamlora import TeamLoRA as TeamLoRA
 
@@ -54,4 +55,5 @@ METHODS: dict[str, type[Method]] = {
     "omoe": OMoE,
     "conditional_mixlora": ConditionalMixLoRA,
     "moa": MoA,
+    "same": SAME,
 }
