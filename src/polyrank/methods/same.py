@@ -21,16 +21,16 @@ Reconstruction: the code was read, the paper only as secondary sources describe 
 code's. g, which they leave open, is ours: it is 1 where the kept directions end, and 0 if nothing is left outside.
 
 Deviations from the released code:
-- C is the uncentred covariance of all tasks so far, a running one, as secondary sources describe it (theirs: centred, of
-  the last batch that was looked at, one in twenty steps). Of wide layers a sketch of 2 * components columns is kept
+- C is the uncentred covariance of all tasks so far, a running one, as secondary sources describe it (theirs: centred,
+  of the last batch that was looked at, one in twenty steps). Of wide layers a sketch of 2 * components columns is kept
   (Tropp et al., 2017), which is exact where the layer has no more inputs than that.
 - Routing damps what the tasks before used (theirs: what the present task uses, from the tenth step on);
   ``damping="released"`` has their factors: sqrt(lambda_k / lambda_j), averaged over three neighbours, at least 0.8.
 - Scaling has lambda (theirs: its root), and the factor mu, so that without old tasks the gradient is the plain one.
 - Experts are frozen, not left out of the training forward; the best score stays. Their score weighs u by the tokens'
   energy and forgets by 5 % a forward; here both count tokens. A frozen expert is put back after the step, bit for bit.
-- ``mixing="parameters"`` and ``gate="batch"`` have their forward. Its other arithmetic in inference (logits / E, the two
-  best) is left out, as are dropout on x, A's start as N(0, 0.01^2), and as many experts as tasks.
+- ``mixing="parameters"`` and ``gate="batch"`` have their forward. Its other arithmetic in inference (logits / E, the
+  two best) is left out, as are dropout on x, A's start as N(0, 0.01^2), and as many experts as tasks.
 - AdamW divides by the gradient's size, so it undoes a part of what routing and scaling do; so it does in theirs.
 """
 
@@ -262,7 +262,7 @@ class SAME(Method):
 
 
 def eigenpairs(sketch: Tensor, onto: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (q,), from the largest, and vectors (q, I) of the C whose ``sketch`` is C onto (I, q): C onto where onto is I.
+    """Values (q,), from the largest, and vectors (q, I) of the C whose ``sketch`` is C onto, (I, q).
 
     C is taken to be sketch (onto' sketch)^-1 sketch', which is exact up to rank q.
     """
