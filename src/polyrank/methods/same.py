@@ -15,10 +15,10 @@ https://arxiv.org/abs/2602.01990
 Tasks come one after the other (``training.mixing.order: sequence``). The layer is a plain mixture of LoRAs; what keeps
 old tasks are three changes to its training. With no task before, all three do nothing.
 
-Choose it if tasks arrive in turn and old data is gone. The paper adapts the feed-forward layers alone.
+Choose it if tasks arrive in turn and old data is gone. The released code adapts the feed-forward layers alone.
 
 Reconstruction: the code was read, the paper only as secondary sources describe it; the sign of the score is the
-code's. g, which they leave open, is ours: it is 1 where the kept directions end, and 0 if nothing is left outside.
+code's. g, which they leave open, is ours: near 1 for a direction as weak as those left out, and 0 if there is nothing in those.
 
 Deviations from the released code:
 - C is the uncentred covariance of all tasks so far, a running one, as secondary sources describe it (theirs: centred,
@@ -31,11 +31,11 @@ Deviations from the released code:
   energy and forgets by 5 % a forward; here both count tokens. A frozen expert is put back after the step, bit for bit.
 - ``mixing="parameters"`` and ``gate="batch"`` have their forward. Its other arithmetic in inference (logits / E, the
   two best) is left out, as are dropout on x, A's start as N(0, 0.01^2), and as many experts as tasks.
-- AdamW divides by the gradient's size, so it undoes a part of what routing and scaling do; so it does in theirs.
+- Nothing is done about AdamW, which divides by the gradient's size and so undoes a part of routing and scaling.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -201,7 +201,7 @@ class SAME(Method):
     """whether experts that the tasks before use more than the present one are frozen while it lasts"""
     components: PositiveInt = 64
     """how many eigenvectors of the covariance are kept, at most"""
-    delta: float = Field(default=0.9, gt=0, le=1)
+    delta: Annotated[float, Field(gt=0, le=1)] = 0.9
     """the share of the covariance's trace that V has"""
     mu: PositiveFloat = 0.9
     """added to the eigenvalues in `scaling`: the larger, the plainer"""
