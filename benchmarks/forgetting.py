@@ -21,11 +21,13 @@ from polyrank import Adapter, LoRA, Method, adapt
 from polyrank.methods import SAME
 from polyrank.methods.same import RememberingRouter
 from polyrank.mixture import MixtureLinear, Pairs
-from polyrank.probe import Features, start_heads
+from polyrank.models import HeadModel
+from polyrank.probe import Features, Probe, start_heads
 from polyrank.recipe import Recipe, check_recipe, load_tasks
 from polyrank.recipe.loading import build_model, load_backbone
 from polyrank.recipe.runs import probe_all
 from polyrank.sequence import Forgetting
+from polyrank.tasks import HeadTask
 from polyrank.train import train
 
 TASKS = ["newsgroups", "r8", "tweets", "sarcasm", "movies"]
@@ -103,7 +105,9 @@ def watched(adapter: Adapter, checks: Checks) -> Callable[[], None]:
     return after_step
 
 
-def one(recipe: Recipe, method: Method, tasks: list, probes: Mapping, checks: Checks) -> tuple[float, Forgetting]:
+def one(
+    recipe: Recipe, method: Method, tasks: Sequence[HeadTask], probes: Mapping[str, Probe], checks: Checks
+) -> tuple[float, Forgetting]:
     """Train one setting: the average before the first step, and the matrix."""
     model = build_model(recipe, tasks, *load_backbone(recipe, False))
     start_heads(model.heads, probes)
@@ -115,7 +119,7 @@ def one(recipe: Recipe, method: Method, tasks: list, probes: Mapping, checks: Ch
 
         def after_task() -> None:
             routers = [layer.router for layer in adapter.layers.values() if isinstance(layer, MixtureLinear)]
-            masks = [router.frozen for router in routers if isinstance(router, RememberingRouter)]
+            masks: list[Tensor] = [router.frozen for router in routers if isinstance(router, RememberingRouter)]
             checks.shares.append(float(torch.stack(masks).mean()))
             honest()
 
@@ -154,8 +158,11 @@ def page(
         "probe.",
         f"Accuracy on {given.held} held-out texts a task, of which nothing is chosen. MoE-LoRA is SAME with all three",
         "mechanisms off; LoRA has as many ranks, and the scale that they have under an even gate. Mean over seeds with",
-        "its 95 % t-interval; differences are paired by seed. Scale and learning rate were taken because a plain LoRA",
-        "forgets with them, on another seed; all else of SAME is its default.",
+        "its 95 % t-interval; differences are paired by seed. Of SAME, components, delta, mu and tau are its defaults.",
+        "",
+        "Scale and learning rate are rough, and were taken because a plain LoRA forgets with them (on another seed):",
+        "unprotected weights end below the frozen model. At a fifth of the scale a plain LoRA hardly forgets",
+        "([log](../log.md)). So this tells how much of a hard run a mechanism survives, not how tasks are best trained.",
         "",
         f"`{command(given)}`",
         "",
@@ -178,7 +185,8 @@ def page(
             cells.append(interval([runs[s].average - plain[s].average for s in both]))
             cells.append(interval([runs[s].mean_forgetting - plain[s].mean_forgetting for s in both]))
         lines.append(f"| {name} | {' | '.join(cells)} | {seconds[name] / len(runs):.0f} |")
-    lines += ["", f"Seeds: {', '.join(str(seed) for seed in next(iter(found.values())))}."]
+    minutes = f"{sum(seconds.values()) / 60:.0f} minutes of one core in all, the probes beside it"
+    lines += ["", f"Seeds: {', '.join(str(seed) for seed in next(iter(found.values())))}. {minutes}."]
     for name in ("LoRA", "SAME"):
         if name in found:
             seed, matrix = next(iter(found[name].items()))
@@ -224,8 +232,9 @@ def main() -> None:
     checks = Checks()
     for seed in given.seeds:
         described = recipe(seed, given)
-        tasks = load_tasks(described).tasks
+        tasks = [task for task in load_tasks(described).tasks if isinstance(task, HeadTask)]
         model = build_model(described, tasks, *load_backbone(described, False))
+        assert isinstance(model, HeadModel)
         probes = probe_all(tasks, described, Features(model), False)
         for name in given.settings:
             start = time.process_time()

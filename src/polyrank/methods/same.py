@@ -18,7 +18,7 @@ old tasks are three changes to its training. With no task before, all three do n
 Choose it if tasks arrive in turn and old data is gone. The released code adapts the feed-forward layers alone.
 
 Reconstruction: the code was read, the paper only as secondary sources describe it; the sign of the score is the
-code's. g, which they leave open, is ours: near 1 for a direction as weak as those left out, and 0 if there is nothing in those.
+code's. g, which they leave open, is ours: 1 for a direction as weak as those left out, and 0 if those are empty.
 
 Deviations from the released code:
 - C is the uncentred covariance of all tasks so far, a running one, as secondary sources describe it (theirs: centred,
