@@ -162,7 +162,8 @@ def page(
         "",
         "Scale and learning rate are rough, and were taken because a plain LoRA forgets with them (on another seed):",
         "unprotected weights end below the frozen model. At a fifth of the scale a plain LoRA hardly forgets",
-        "([log](../log.md)). So this tells how much of a hard run a mechanism survives, not how tasks are best trained.",
+        "([log](../log.md)). So this tells how much of a hard run a mechanism survives, not how tasks are best "
+        "trained.",
         "",
         f"`{command(given)}`",
         "",
