@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from polyrank import ASE, Adapter, LoRA, Method, MoORE, MoORETopK, MoRE, adapt
 from polyrank.methods import (
     EMTAL,
+    SAME,
     AdaLoRA,
     CLoRAE,
     ConditionalMixLoRA,
@@ -101,6 +102,9 @@ METHODS: dict[str, Method] = {
     "smola": SMoLA(num_experts=3, slots=2, rank=2, alpha=4),
     "xlora": XLoRA(rank=2, alpha=4, temperature=0.5),
     "xlora-top": XLoRA(rank=2, alpha=4, k=2, hidden=5),
+    "same": SAME(num_experts=3, rank=2, alpha=4),
+    "same-parameters": SAME(num_experts=3, rank=2, alpha=4, mixing="parameters"),
+    "same-released": SAME(num_experts=3, rank=2, alpha=4, mixing="parameters", gate="batch", damping="released"),
 }
 BLOCKS = {name for name, method in METHODS.items() if method.ADAPTS == "feed-forward blocks"}
 TASK, TOKEN = frozenset({"task"}), frozenset({"token"})
@@ -118,6 +122,8 @@ READS: dict[str, frozenset[str]] = {
     **dict.fromkeys(["mixlora", "mixlora-top_p", "mixlora-switch", "emtal", "emtal-released", "faded"], TOKEN),
     "fgmoe": frozenset({"task", "token"}),
     **dict.fromkeys(["xlora", "xlora-top"], TOKEN),
+    **dict.fromkeys(["same", "same-parameters"], TOKEN),
+    "same-released": frozenset({"batch"}),
     **dict.fromkeys(["conditional_mixlora", "conditional_mixlora-released"], frozenset({"sample"})),
     "smola": frozenset({"sample", "token"}),
 }
@@ -125,6 +131,7 @@ STATIC = {name for name, reads in READS.items() if reads <= {"task"}}  # merges
 TASKLESS = {name for name, reads in READS.items() if "task" not in reads}
 FULL_RANK = {"moore-task", "dora"}  # merges, but its delta is no LoRA
 NOT_THE_BASE = {"omoe-unit", "vb_lora", "mixlora-top_p", "mixlora-switch", "emtal-released"}  # at step 0
+BY_BATCH = {name for name, reads in READS.items() if "batch" in reads}  # a sample depends on its neighbours
 NOISY = (Poly,)  # in training
 TWO_FORWARDS = {"xlora", "xlora-top"}  # the base model runs once more, before: their layers do nothing alone
 BANKED = {"xlora", "xlora-top"}  # of LoRAs that are given and frozen: with none they are the base, and learn nothing

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "tasks": {"files", "reader"},  # the reader for its types only
     "reader": {"tasks"},
     "mixing": set(),
+    "sequence": set(),
     "corpus": {"mixing", "reader", "tasks"},
     "models": {"files", "mixture", "reader", "tasks"},
     "evaluate": {"corpus", "models", "tasks"},

@@ -15,7 +15,7 @@ import random
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Pick = tuple[int, int]  # (index of the task, index of the example in its task)
 
@@ -122,6 +122,34 @@ class Weighted:
         return _cut(picks, range(0, len(picks) + 1, self.batch_size), self.lengths, rng)
 
 
+class InSequence:
+    """One task after the other, in their order: in stage t, every example of task t once per epoch of the stage."""
+
+    def __init__(
+        self, lengths: Sequence[Sequence[int]], batch_size: int, seed: int, stages: Sequence[range], window: int = 1
+    ) -> None:
+        """stages[t]: the steps of task t.
+
+        Raises:
+            ValueError: a task has no example for its stage.
+        """
+        if not all(lengths):
+            empty = [t for t, of_task in enumerate(lengths) if not of_task]
+            raise ValueError(f"tasks number {empty} have no example for their stages: give training data, or leave out")
+        self.stages = stages
+        alone = [[of_task if u == t else [] for u, of_task in enumerate(lengths)] for t in range(len(lengths))]
+        self.samplers = [Proportional(only, batch_size, seed, window) for only in alone]
+        self.smallest = min(sampler.smallest for sampler in self.samplers)
+
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> list[Pick]:
+        stage = stage_of(step, self.stages)
+        return self.samplers[stage].batch(step - self.stages[stage].start, part, parts)
+
+
+def stage_of(step: int, stages: Sequence[range]) -> int:
+    return next(j for j, stage in enumerate(stages) if step in stage)
+
+
 class Mixing(BaseModel):
     """How steps draw from the tasks."""
 
@@ -140,12 +168,42 @@ class Mixing(BaseModel):
         default=1, ge=1, description="steps over which texts are grouped by length: less padding, less mixing"
     )
 
-    def sampler(self, lengths: Sequence[Sequence[int]], batch_size: int, seed: int) -> Sampler:
-        """The sampler of these settings; lengths[t][i]: tokens of example i of task t.
+    order: Literal["together", "sequence"] = Field(
+        default="together",
+        description="sequence: one task after the other, in the recipe's order, each with an equal share of the steps",
+    )
+
+    @model_validator(mode="after")
+    def _takes_turns(self) -> "Mixing":
+        if self.order == "sequence" and (self.sampling != "proportional" or self.batches != "mixed"):
+            raise ValueError(
+                "order: sequence trains on one task at a time, so that nothing is drawn from several: leave out "
+                "`sampling` and `batches`"
+            )
+        return self
+
+    def stages(self, steps: int, tasks: int) -> list[range]:
+        """The steps of each task in turn; one stage of all steps where tasks are trained together.
 
         Raises:
-            ValueError: no task has an example.
+            ValueError: fewer steps than tasks.
         """
+        if self.order == "together":
+            return [range(steps)]
+        if steps < tasks:
+            raise ValueError(f"{steps} steps for {tasks} tasks in sequence: give each at least one, raise steps")
+        return [range(t * steps // tasks, (t + 1) * steps // tasks) for t in range(tasks)]
+
+    def sampler(self, lengths: Sequence[Sequence[int]], batch_size: int, seed: int, steps: int = 0) -> Sampler:
+        """The sampler of these settings; lengths[t][i]: tokens of example i of task t; steps: of the whole training,
+        which tasks in sequence share.
+
+        Raises:
+            ValueError: no task has an example, or in sequence, one task has none.
+        """
+        if self.order == "sequence":
+            stages = self.stages(steps, len(lengths))
+            return InSequence(lengths, batch_size, seed, stages, self.length_window)
         if self.sampling == "proportional" and self.batches == "mixed":
             return Proportional(lengths, batch_size, seed, self.length_window)
         sizes = [len(of_task) for of_task in lengths]

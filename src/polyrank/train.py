@@ -24,6 +24,7 @@ from polyrank.corpus import Corpus
 from polyrank.evaluate import evaluate, mean
 from polyrank.files import fingerprint
 from polyrank.history import History, Log
+from polyrank.mixing import stage_of
 from polyrank.models import HeadModel, MultiTaskModel
 from polyrank.retaining import Retaining
 from polyrank.step import (
@@ -73,6 +74,9 @@ def train(
 ) -> History:
     """Train the adapter and the heads in place; on return they are those of the best held-out step.
 
+    Tasks in sequence (`training.mixing.order`) have a stage each, with a rate and moments of its own and a look at all
+    tasks at its end; nothing is chosen then, the last weights stay.
+
     With `folder`, every step and every look at the held-out examples is a line of `folder/metrics.jsonl`, the state is
     kept in `folder/checkpoints`, and SIGINT and SIGTERM save it before they stop the run. With `resume`, training goes
     on from the newest complete checkpoint there, or from the start where there is none.
@@ -91,7 +95,8 @@ def train(
         adapter.enable_checkpointing()
     kept, held = split(tasks, training)
     corpus = Corpus.of(tasks, kept, model.reader)
-    sampler = training.mixing.sampler(corpus.lengths, training.batch_size, training.seed)
+    sampler = training.mixing.sampler(corpus.lengths, training.batch_size, training.seed, training.steps)
+    stages = training.mixing.stages(training.steps, len(tasks))
     check_parts(sampler, training, accelerator)
     parameters, optimizer = build_optimizer(model, adapter, training)
     combination = combine(training, model, adapter)
@@ -110,8 +115,10 @@ def train(
         if first == 0:
             look(run, 0, held, training, accelerator, log)
         for step in range(first, training.steps):
+            stage = stages[stage_of(step, stages)]
+            rate = training.rate(step, stage)
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * training.rate(step)
+                group["lr"] = group["initial_lr"] * rate
             loss, losses = backward_within_memory(run, sampler, corpus, step, training, accelerator, log)
             sum_gradients(parameters, accelerator)
             adapter.before_step((step + 1) / training.steps)
@@ -125,7 +132,7 @@ def train(
                 tell_retaining(run, accelerator)
             optimizer.zero_grad(set_to_none=False)
             combined = {} if combination is None else combination.numbers()
-            log.step(step + 1, loss, losses, training.lr * training.rate(step), norm, taken, combined)
+            log.step(step + 1, loss, losses, training.lr * rate, norm, taken, combined)
             if log.history.skipped_in_a_row == PATIENCE:
                 run.best.restore()
                 raise Diverged(
@@ -134,7 +141,11 @@ def train(
                     "or in another folder"
                 )
             last = step + 1 == training.steps
-            if (step + 1) % training.eval_every == 0 or last:
+            over = step + 1 == stage.stop
+            if over and training.mixing.order == "sequence":
+                adapter.after_task()
+                optimizer.state.clear()  # the next task's steps are not pushed by this one's moments
+            if (step + 1) % training.eval_every == 0 or over:
                 look(run, step + 1, held, training, accelerator, log)
             due = training.checkpoint_every and ((step + 1) % training.checkpoint_every == 0 or last)
             stop = agreed(signals.received, accelerator)
@@ -206,7 +217,7 @@ def cut_texts(corpus: Corpus) -> list[str]:
 def look(
     run: Running, step: int, held: Mapping[str, Examples], training: Training, accelerator: Accelerator, log: Log
 ) -> None:
-    """Score the held-out examples, and keep the state if it is the best so far."""
+    """Score the held-out examples, and keep the state if it is the best so far; of tasks in sequence, always."""
     with autocast(accelerator.device, training.precision):
         scores = evaluate(run.model, held, batch_size=training.eval_batch_size, progress=False)
     here = torch.tensor(mean(scores), device=accelerator.device)
@@ -215,7 +226,9 @@ def look(
     if run.combination is not None:
         run.combination.scored(scores)
     settled = step >= run.adapter.settles * training.steps
-    if run.best.offer(step, found if settled else -math.inf):
+    score = found if settled else -math.inf
+    if training.mixing.order == "sequence" or run.best.beats(score):
+        run.best.keep(step, score)
         log.history.best_step, log.history.best_score = step, found
 
 

@@ -33,22 +33,26 @@ class Trainable(Protocol):
 
 
 class Best:
-    """The best state on the held-out examples, kept in main memory; of equals the later, without examples the last."""
+    """The best state on the held-out examples, kept in main memory; of equals the later, without examples the last.
+
+    Of tasks in sequence it is the last one that was looked at.
+    """
 
     def __init__(self, model: MultiTaskModel, adapter: Trainable) -> None:
         self.model, self.adapter, self.step, self.score = model, adapter, 0, -math.inf
         self.weights: dict[str, dict[str, Tensor]] = {}
 
-    def offer(self, step: int, score: float) -> bool:
-        """Keep the present weights if no earlier ones scored more."""
-        if score < self.score:
-            return False
+    def beats(self, score: float) -> bool:
+        """Whether no earlier weights scored more."""
+        return not score < self.score
+
+    def keep(self, step: int, score: float) -> None:
+        """The present weights are the ones to put back."""
         self.step, self.score = step, score
         self.weights = {
             name: {key: value.detach().cpu().clone() for key, value in state.items()}
             for name, state in (("adapter", self.adapter.state_dict()), ("heads", self.model.heads.state_dict()))
         }
-        return True
 
     def restore(self) -> None:
         self.adapter.load_state_dict(self.weights["adapter"])

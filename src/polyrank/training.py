@@ -88,6 +88,11 @@ class Training(BaseModel):
         if self.combine is not None and self.task_weights is not None:
             raise ValueError("task_weights and combine both say how much a task counts: give one of them")
         combiner = self.combiner()
+        if self.mixing.order == "sequence" and (self.combine is not None or self.task_weights is not None):
+            raise ValueError(
+                "mixing.order: sequence gives each step one task, so that there is nothing to weigh: leave out combine "
+                "and task_weights"
+            )
         if combiner is not None and combiner.needs != "nothing" and self.mixing.batches == "one_task":
             raise ValueError(
                 "mixing.batches: one_task gives each step one task, so that there is nothing to combine: take mixed"
@@ -110,10 +115,15 @@ class Training(BaseModel):
             if name not in found:
                 raise ValueError(f"the tracker {name!r} is not installed: pip install {name}, or leave it out")
 
-    def rate(self, step: int) -> float:
-        """The factor on the learning rates at a step counted from 0: a pure function, so resuming needs no state."""
-        rise = round(self.warmup * self.steps)
+    def rate(self, step: int, stage: range | None = None) -> float:
+        """The factor on the learning rates at a step counted from 0: a pure function, so resuming needs no state.
+
+        stage: the steps over which it rises and falls; all of them by default.
+        """
+        steps = self.steps if stage is None else len(stage)
+        step -= 0 if stage is None else stage.start
+        rise = round(self.warmup * steps)
         if step < rise:
             return (step + 1) / rise
-        left = (self.steps - step) / max(1, self.steps - rise)  # 1 -> 0
+        left = (steps - step) / max(1, steps - rise)  # 1 -> 0
         return left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)

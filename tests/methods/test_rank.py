@@ -118,6 +118,7 @@ WRITTEN = {
     "omoe": lambda I, O, T, K: 3 * (2 * I + O * 2) + 3 * I,
     "conditional_mixlora": lambda I, O, T, K: 5 * I + 5 * O + (5 * I + 5 * I) + 3 * 5 * I,
     "conditional_mixlora-released": lambda I, O, T, K: 5 * I + 5 * O,
+    "same": lambda I, O, T, K: 3 * (2 * I + O * 2) + 3 * I,
     "moa": lambda I, O, T, K: T * (2 * I + O * 2) + T * I,
     "faded": lambda I, O, T, K: 2 * I + 3 * O * 2 + 3 * I,
     "smola": lambda I, O, T, K: 3 * (2 * I + O * 2) + 3 * 2 * I,

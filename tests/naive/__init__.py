@@ -11,9 +11,10 @@ from .by_token import BY_TOKEN
 from .given import GIVEN
 from .mixed import MIXED
 from .seeds import naive_ase, naive_lora, naive_moore, naive_moore_topk, naive_more, svd as svd
+from .sequence import SEQUENCE
 
 SEEDS = {LoRA: naive_lora, MoORE: naive_moore, MoORETopK: naive_moore_topk, MoRE: naive_more, ASE: naive_ase}
-NAIVE = SEEDS | BY_TASK | BY_TOKEN | GIVEN | MIXED
+NAIVE = SEEDS | BY_TASK | BY_TOKEN | GIVEN | MIXED | SEQUENCE
 
 
 def by_name(flat):

@@ -30,6 +30,7 @@ from .omoe import OMoE as OMoE
 from .pissa import PiSSA as PiSSA
 from .poly import Poly as Poly
 from .rslora import RsLoRA as RsLoRA
+from .same import SAME as SAME
 from .smola import SMoLA as SMoLA
 from .smora import SMoRA as SMoRA
 from .teamlora import TeamLoRA as TeamLoRA
@@ -71,4 +72,5 @@ METHODS: dict[str, type[Method]] = {
     "fgmoe": FGMoE,
     "smola": SMoLA,
     "xlora": XLoRA,
+    "same": SAME,
 }

@@ -47,12 +47,12 @@ class Mixture(nn.Module, ABC):
     @property
     @abstractmethod
     def reads(self) -> frozenset[str]:
-        """What the gate looks at: of "task", "sample" (pooled tokens) and "token"."""
+        """What the gate looks at: of "task", "sample" (pooled tokens), "token" and "batch" (its other samples)."""
 
     @property
     def reads_input(self) -> bool:
         """Whether the gate looks at the input: then no single weight stands for a task."""
-        return bool(self.reads & {"sample", "token"})
+        return bool(self.reads - {"task"})
 
     @abstractmethod
     def task_weight(self, task: int) -> Tensor:

@@ -19,7 +19,7 @@ from .start import TaskTable, normal, uniform, zeros
 class Router(nn.Module, ABC):
     """What every router provides."""
 
-    reads: frozenset[str]  # what the logits depend on: "task", "sample" (pooled tokens), "token"
+    reads: frozenset[str]  # what the logits depend on: "task", "sample" (pooled tokens), "token", "batch"
 
     @abstractmethod
     def rows(self) -> Tensor | None:

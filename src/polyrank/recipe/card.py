@@ -1,5 +1,6 @@
 """What a finished run shows: its scores, what it cost, and where its files are."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,16 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from polyrank.recipe.folder import FORGETTING
 from polyrank.recipe.runs import Run
+from polyrank.sequence import Forgetting
 
 
 def show(finished: Run, console: Console) -> None:
     """The table of scores and the card."""
     console.print(results_table(finished.results))
+    if (found := finished.folder / FORGETTING).is_file():
+        console.print(forgetting_table(Forgetting.from_json(json.loads(found.read_text(encoding="utf-8")))))
     console.print(card(finished), highlight=False)
 
 
@@ -35,6 +40,21 @@ def results_table(results: dict[str, Any]) -> Table:
         difference = f"{100 * (row['adapted'] - row['frozen']):+.1f}" if known else ""
         metric = [] if one else [row.get("metric", "")]
         table.add_row(name, *metric, *cells, difference, style="bold" if name == "mean" else "")
+    return table
+
+
+def forgetting_table(matrix: Forgetting) -> Table:
+    """Held-out scores in percent: one row for each task as it was over, then what each task has lost since."""
+    average, lost, transfer = (100 * one for one in (matrix.average, matrix.mean_forgetting, matrix.backward_transfer))
+    title = f"held-out scores, %: average {average:.1f}, forgetting {lost:.1f}, backward transfer {transfer:+.1f}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("after")
+    for name in matrix.tasks:
+        table.add_column(escape(name), justify="right")
+    for name, row in zip(matrix.tasks, matrix.scores, strict=True):
+        table.add_row(escape(name), *(f"{100 * score:.1f}" for score in row))
+    table.add_section()
+    table.add_row("forgotten", *(f"{100 * one:.1f}" for one in matrix.forgetting), "", style="bold")
     return table
 
 

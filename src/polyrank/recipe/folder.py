@@ -1,6 +1,8 @@
 """A run folder: what may stand in it, and that one run at a time writes there.
 
-RUN/recipe.yaml  bank/  metrics.jsonl  checkpoints/  adapter/  heads/  results.json     the last says: complete
+RUN/recipe.yaml  bank/  metrics.jsonl  checkpoints/  adapter/  heads/  forgetting.json  results.json
+
+The last says: complete.
 """
 
 import shutil
@@ -17,7 +19,8 @@ from polyrank.training import HARMLESS, TRACKERS
 
 # "complete" goes first
 BANK = "bank"  # what each task was trained with alone, for a method that mixes the results
-FILES = ("results.json", "recipe.yaml", "metrics.jsonl", CHECKPOINTS, BANK, "adapter", "heads", TRACKERS)
+FORGETTING = "forgetting.json"  # of tasks in sequence
+FILES = ("results.json", "recipe.yaml", "metrics.jsonl", CHECKPOINTS, BANK, "adapter", "heads", TRACKERS, FORGETTING)
 LOCK = ".lock"
 
 

@@ -75,7 +75,8 @@ def plan(recipe: Recipe) -> Plan:
     trained = [*adapter.parameters(), *model.heads.parameters()]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in frozen) + 4 * sum(p.numel() * p.element_size() for p in trained)
-    few = {"steps": STEPS, "max_holdout": 0, "eval_every": STEPS + 1, "trackers": []}
+    steps = STEPS if recipe.training.mixing.order == "together" else max(STEPS, len(tasks))
+    few = {"steps": steps, "max_holdout": 0, "eval_every": steps + 1, "trackers": []}
     shortened = recipe.training.model_copy(update=few)
     clock = [entry["seconds"] for entry in train(model, adapter, tasks, shortened, progress=False).steps]
     size = sum(len(examples) for examples in kept.values())

@@ -25,12 +25,13 @@ from polyrank.history import History
 from polyrank.methods import Method
 from polyrank.models import HeadModel, MultiTaskModel, load_heads, save_heads
 from polyrank.probe import Features, Probe, probe, start_heads, trivial_score
-from polyrank.recipe.folder import BANK, check_folder, check_same, claimed, start_folder, sweep
+from polyrank.recipe.folder import BANK, FORGETTING, check_folder, check_same, claimed, start_folder, sweep
 from polyrank.recipe.loading import build_model, load_backbone, load_tasks, speaks_language
 from polyrank.recipe.reading import RecipeError, read_recipe
 from polyrank.recipe.rehearsal import forward, rehearsal
 from polyrank.recipe.schema import Recipe
 from polyrank.saving import method_fields
+from polyrank.sequence import Forgetting
 from polyrank.tasks import HeadTask
 from polyrank.train import combine, split, train
 
@@ -163,10 +164,25 @@ def _run(recipe: Recipe, folder: Path, resume: bool, progress: bool, features: F
     results = summarise(baseline, scores, history, adapter, watch.seconds)
     adapter.save(folder / "adapter")
     save_heads(model, folder / "heads")
+    if (matrix := forgetting(recipe, history)) is not None:
+        write_text(folder / FORGETTING, json.dumps(matrix.as_json(), indent=1, allow_nan=False))
     write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
     sweep(folder)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # a finished run needs none
     return Run(recipe, model, adapter, folder, results)
+
+
+def forgetting(recipe: Recipe, history: History) -> Forgetting | None:
+    """The held-out scores of all tasks at the end of each task's stage; None where tasks are trained together, or one
+    has no held-out example."""
+    names, training = [task.name for task in recipe.tasks], recipe.training
+    if training.mixing.order == "together":
+        return None
+    seen = {entry["step"]: entry["held_out"] for entry in history.evaluations}
+    rows = [seen[stage.stop] for stage in training.mixing.stages(training.steps, len(names))]
+    if any(name not in row for row in rows for name in names):
+        return None
+    return Forgetting(tuple(names), tuple(tuple(row[name] for name in names) for row in rows))
 
 
 def train_bank(

@@ -158,6 +158,7 @@ class Recipe(_Part):
             raise ValueError(
                 f"training.task_weights names {sorted(given)}, the tasks are {sorted(names)}: name each once"
             )
+        self.training.mixing.stages(self.training.steps, len(self.tasks))
         if (combiner := self.training.combiner()) is not None:
             combiner.check([task.name for task in self.tasks])
         return self
