@@ -7,6 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from polyrank import Adapter, adapt
+from polyrank.assets import model_folder
 from polyrank.blocks import find
 from polyrank.methods import EMTAL, MixLoRA
 from small import GLU, BlockNet, disturb
@@ -108,6 +109,23 @@ def test_a_faded_emtal_leaves_a_plain_model(family):
     plain = adapter.merge("a")
     assert [type(module) for module in plain.modules()] == modules
     assert_close(output(plain, family), y, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_faded_emtal_leaves_minilm_as_a_plain_model():
+    """The real model, whose answers to real sentences stay the same to 1e-5."""
+    folder = model_folder("minilm")
+    model = hf.BertModel.from_pretrained(folder).eval()
+    adapter = adapt(model, EMTAL(), tasks=["a"], exclude=r"pooler\..*")
+    disturb(adapter, by=0.03)
+    adapter.before_step(1.0)
+    texts = ["Oil prices fell on Monday.", "The film is a quiet wonder, and far too long for its own good."]
+    batch = hf.AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    before = hf.BertModel.from_pretrained(folder).eval()(**batch)[0]
+    with torch.no_grad():
+        y = model(**batch, task_ids=torch.zeros(2, dtype=torch.long))[0]
+        assert (y - before).abs().max() > 0.1
+        assert_close(adapter.merge("a")(**batch)[0], y, atol=1e-5, rtol=1e-5)
 
 
 class Unlike(nn.Module):
