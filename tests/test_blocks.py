@@ -153,6 +153,30 @@ def test_refuses_what_computes_something_else():
     assert [p.requires_grad for p in opt.parameters()] == trained
 
 
+class Normed(nn.Module):
+    """The second of two siblings has statistics that training moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Sequential(nn.Linear(8, 12), nn.GELU())
+        self.two = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(3))
+
+    def forward(self, x):
+        return self.two(self.one(x))
+
+
+def test_looking_for_blocks_leaves_the_model_as_it_was():
+    model = Normed().eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(4)
+    noise = torch.rand(3)
+    torch.manual_seed(4)
+    assert [block.name for block in find(model)] == ["one"]
+    assert torch.equal(torch.rand(3), noise)
+    assert_close(dict(model.state_dict()), before, atol=0, rtol=0)
+    assert not any(module.training for module in model.modules())
+
+
 def test_refuses_half_a_block_and_targets_outside_of_any():
     with pytest.raises(ValueError, match=r"v is a feed-forward block .* leave out v\.gate, v\.down"):
         adapt(BlockNet(), MixLoRA(), tasks=["a"], targets=["q", "v.up"])

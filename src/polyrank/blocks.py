@@ -174,6 +174,7 @@ def _random_input(linear: nn.Module, width: int | None = None) -> Tensor:
 def _agree(module: nn.Module, other: Callable[..., Any], *given: Tensor) -> bool:
     """Whether both compute the same in training mode, with the same noise."""
     modes = {part: part.training for part in module.modules()}
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]  # running statistics would move
     devices = [given[0].device] if given[0].is_cuda else []
     found: list[Any] = []
     try:
@@ -187,5 +188,7 @@ def _agree(module: nn.Module, other: Callable[..., Any], *given: Tensor) -> bool
     finally:
         for part, mode in modes.items():
             part.training = mode
+        for buffer, value in kept:
+            buffer.copy_(value)
     one, two = found
     return isinstance(one, Tensor) and one.shape == two.shape and torch.allclose(one, two, rtol=1e-3, atol=1e-5)
