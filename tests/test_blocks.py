@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from polyrank import Adapter, adapt
@@ -153,16 +154,111 @@ def test_refuses_what_computes_something_else():
     assert [p.requires_grad for p in opt.parameters()] == trained
 
 
+class Second(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense, self.norm = nn.Linear(12, 8), nn.BatchNorm1d(3)
+
+    def forward(self, h, residual):
+        return self.norm(self.dense(h) + residual)
+
+
 class Normed(nn.Module):
     """The second of two siblings has statistics that training moves."""
 
     def __init__(self):
         super().__init__()
-        self.one = nn.Sequential(nn.Linear(8, 12), nn.GELU())
-        self.two = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(3))
+        self.one, self.two = nn.Sequential(nn.Linear(8, 12), nn.GELU()), Second()
 
     def forward(self, x):
-        return self.two(self.one(x))
+        return self.two(self.one(x), x)
+
+
+class Branches(nn.Module):
+    """Two branches side by side that look like one block, and a block; some of their weights are zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.key, self.value = (nn.Sequential(nn.Linear(8, 8), nn.SiLU()) for _ in range(2))
+        self.mlp = GLU(8, 12, 8)
+        nn.init.zeros_(self.mlp.down.weight)
+        nn.init.zeros_(self.mlp.down.bias)
+        self.chain = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)])
+        self.head = Head()
+
+    def forward(self, x):
+        return self.chain(self.key(x) * self.value(x) + self.mlp(x))
+
+
+class Head(nn.Module):
+    """It has a feed-forward block's parts and wants something else than hidden states."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.act, self.b = nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)
+
+    def forward(self, out):
+        return self.b(self.act(self.a(out.last_hidden_state)))
+
+
+def test_neighbours_that_do_not_follow_each_other_are_no_block():
+    model = Branches()
+    (block,) = find(model)
+    assert block.name == "mlp"
+    assert block.parts.up is model.mlp.up
+    assert block.parts.gate is model.mlp.gate
+
+
+def test_weights_do_not_decide_what_is_found():
+    """Zero, tiny, or of several dtypes: the parts are the same ones."""
+    for change in (lambda mlp: mlp.down.weight.data.zero_(), lambda mlp: mlp.gate.weight.data.mul_(0.01)):
+        model = BlockNet()
+        change(model.v)
+        (block,) = find(model)
+        assert (block.parts.up, block.parts.gate, block.parts.down) == (model.v.up, model.v.gate, model.v.down)
+    t5 = built("t5").to(torch.float16)
+    for block in find(t5):
+        block.parts.down.to(torch.float32)  # as transformers loads it
+    assert len(list(find(t5))) == 4
+
+
+class Functional(nn.Module):
+    def __init__(self, f, gated):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(8, 12) if gated else None, nn.Linear(12, 8)
+        self.f = f
+
+    def forward(self, x):
+        return self.c(self.f(self.a(x)) if self.b is None else self.f(self.b(x)) * self.a(x))
+
+
+@pytest.mark.parametrize("f", [F.relu, F.silu, F.gelu, torch.tanh])
+@pytest.mark.parametrize("gated", [True, False])
+def test_an_activation_may_be_a_function(f, gated):
+    model, x = nn.Sequential(Functional(f, gated)), torch.randn(2, 3, 8)
+    (block,) = find(model)
+    assert block.parts.gate is model[0].b
+    assert_close(block.parts(x), model(x))
+    assert not list(find(nn.Sequential(Functional(torch.sin, gated))))
+
+
+def test_dropout_on_both_sides():
+    inner, outer = nn.Dropout(0.1), nn.Dropout(0.2)
+    (block,) = find(nn.Sequential(nn.Sequential(nn.Linear(8, 12), nn.GELU(), inner, nn.Linear(12, 8), outer)))
+    assert block.parts.inner is inner
+    assert block.parts.outer is outer
+
+
+def test_a_block_with_hooks_is_refused_and_modes_come_back():
+    model = BlockNet()
+    handle = model.v.register_forward_hook(lambda module, given, output: None)
+    with pytest.raises(ValueError, match="v has hooks"):
+        adapt(model, MixLoRA(), tasks=["a"])
+    handle.remove()
+    adapter = adapt(model.train(), MixLoRA(), tasks=["a"])
+    model.eval()
+    adapter.remove()
+    assert not any(module.training for module in model.modules())
 
 
 def test_looking_for_blocks_leaves_the_model_as_it_was():
@@ -205,3 +301,9 @@ def test_dropout_stands_where_the_model_has_it():
             assert_close(*outputs)
             assert (outputs[0] == 0).any() == (family == "gpt2")
         assert not model.training
+
+
+def test_no_row_of_a_micro_batch_counts():
+    """All padding: the losses are 0, not NaN."""
+    notes = {"z": [("v", torch.zeros(2))], "load": [("v", torch.zeros(2, 3))]}
+    assert {name: float(loss) for name, loss in MixLoRA(z_loss=0.1).losses(notes).items()} == {"balance": 0, "z": 0}

@@ -28,6 +28,7 @@ class Places:
 
     def restore(self) -> None:
         for name, module in self.before.items():
+            module.train(self.model.get_submodule(name).training)
             self.model.set_submodule(name, module)
 
 

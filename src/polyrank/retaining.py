@@ -12,6 +12,7 @@ of the micro-batch, without a gradient (as the paper's equation; the released co
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -47,12 +48,14 @@ class Retaining:
                 "quality_retaining keeps the answers of tasks of classes, and no task is a classification: leave it out"
             )
         self.state: dict[str, Tensor] = {}  # "bank TASK" (C, C), "seen TASK" (C,)
+        self.last = torch.zeros(len(tasks))  # what the step's losses had more, of this process
         self.fresh: dict[str, Tensor] = {}  # TASK -> (C, C + 1): sums of logits by class, and how many
 
     def begin(self, device: torch.device) -> None:
         """A step begins, perhaps again: what an earlier try left is forgotten."""
         self.state = {name: value.to(device) for name, value in self.state.items()}
         self.fresh = {name: torch.zeros(n, n + 1, device=device) for name, n in self.classes.items()}
+        self.last = torch.zeros(len(self.names), device=device)
 
     def penalties(self, answers: Mapping[str, Answer], labels: Mapping[str, Tensor], means: Tensor) -> Tensor:
         """What to add to S_t of every task (T,) of a micro-batch. means: L_t (T,) of the micro-batch."""
@@ -73,7 +76,12 @@ class Retaining:
                 apart = (F.kl_div(before, now, reduction="none", log_target=True).sum(-1) * seen).sum() * tau**2
                 scale = self.settings.weight / means[index].detach().clamp_min(1e-6)
                 found = found + F.one_hot(torch.tensor(index), len(means)).to(found) * scale * apart
+        self.last = self.last + found.detach()
         return found
+
+    def numbers(self) -> dict[str, Any]:
+        """For the log: what was added to each task's sum of losses."""
+        return {"retaining": dict(zip(self.names, self.last.tolist(), strict=True))}
 
     @torch.no_grad()
     def after(self) -> None:

@@ -44,6 +44,7 @@ def summarise(model: nn.Module, method: Method, tasks: Sequence[str], layers: Ma
     own = {p for layer in layers.values() for k, p in layer.named_parameters() if not k.startswith("base.")}
     if any(layer.reads_input for layer in layers.values()):
         merges = "no: the gate reads the input"
+        merges += f", until {method.settles:.0%} of the training, when it has faded" if method.settles else ""
     else:
         merges = (
             "exactly, a weight for each task"

@@ -101,7 +101,7 @@ def train(
     parameters, optimizer = build_optimizer(model, adapter, training)
     combination = combine(training, model, adapter)
     known = identity(model, training, corpus, held)
-    retaining = Retaining(training.quality_retaining, tasks) if training.quality_retaining is not None else None
+    retaining = retain(training, tasks)
     run = Running(model, adapter, optimizer, training.accumulation, known, combination, retaining)
     first = 0 if folder is None else run.restore(folder) if resume else refuse_checkpoints(folder)
     share_weights(parameters, accelerator)
@@ -131,8 +131,9 @@ def train(
                 tell_combiner(run, sampler, corpus, step, losses, training, accelerator)
                 tell_retaining(run, accelerator)
             optimizer.zero_grad(set_to_none=False)
-            combined = {} if combination is None else combination.numbers()
-            log.step(step + 1, loss, losses, training.lr * rate, norm, taken, combined)
+            numbers = {} if combination is None else combination.numbers()
+            numbers |= {} if retaining is None else retaining.numbers()
+            log.step(step + 1, loss, losses, training.lr * rate, norm, taken, numbers)
             if log.history.skipped_in_a_row == PATIENCE:
                 run.best.restore()
                 raise Diverged(
@@ -198,6 +199,14 @@ def combine(training: Training, model: MultiTaskModel, adapter: Trainable) -> Co
             "one task: leave `combine` out, or take another method"
         )
     return Combination(combiner, [task.name for task in model.tasks], training.seed)
+
+
+def retain(training: Training, tasks: Sequence[Task]) -> Retaining | None:
+    """
+    Raises:
+        ValueError: answers are to be kept, and no task has classes.
+    """
+    return None if training.quality_retaining is None else Retaining(training.quality_retaining, tasks)
 
 
 def cut_texts(corpus: Corpus) -> list[str]:

@@ -30,6 +30,9 @@ from ..svd import Factors, factorise, numerical_rank
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
+NOT_FADED = "its router has not faded: train to the end of `fade`, with adapter.before_step(done) in a loop of your own"
+
+
 class Method(ABC):
     """What every method provides. Concrete methods are frozen, validated dataclasses whose ``repr`` is their recipe.
 
@@ -106,12 +109,29 @@ class BlockMethod(Method):
 
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
         """Other linear layers, such as those of attention, get a plain LoRA."""
-        return {
-            name: self.block(base, tasks)
-            if isinstance(base, FeedForward)
-            else MixtureLinear(base, experts=LoRAExperts(base, 1, self.rank), scale=self.alpha / self.rank)
-            for name, base in sites.items()
-        }
+        layers: dict[str, Mixture] = {}
+        for name, base in sites.items():
+            if isinstance(base, FeedForward):
+                try:
+                    layers[name] = self.block(base, tasks)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+            else:
+                experts = LoRAExperts(base, 1, self.rank)
+                layers[name] = MixtureLinear(base, experts=experts, scale=self.alpha / self.rank)
+        return layers
+
+
+def check_units(num_experts: int, base: FeedForward) -> None:
+    """
+    Raises:
+        ValueError: a block's hidden units cannot be cut into so many experts.
+    """
+    if base.sizes[1] % num_experts:
+        raise ValueError(
+            f"the block has {base.sizes[1]} hidden units, which num_experts={num_experts} does not divide: take a "
+            "divisor"
+        )
 
 
 def check_plain(name: str, base: nn.Module, why: str) -> None:

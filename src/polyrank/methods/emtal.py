@@ -32,11 +32,13 @@ from torch.nn import functional as F
 
 from ..clusters import balanced_clusters
 from ..mixture import FeedForward, FeedForwardMixture, LoRAExperts, Mixture, add, place, run, weight_of, zeros
-from .base import STRICT, BlockMethod, check_fade, share_left
+from .base import NOT_FADED, STRICT, BlockMethod, check_fade, check_plain, check_units, share_left
 
 
 class GroupedFeedForward(FeedForwardMixture):
     """A frozen block with LoRAs, whose groups of hidden units are gated before the activation."""
+
+    cure = NOT_FADED
 
     def __init__(self, base: FeedForward, num_experts: int, rank: int, temperature: float, scale: float) -> None:
         super().__init__(base)
@@ -44,6 +46,7 @@ class GroupedFeedForward(FeedForwardMixture):
         self.up, self.down = LoRAExperts(base.up, 1, rank), LoRAExperts(base.down, 1, rank)
         self.side = None if base.gate is None else LoRAExperts(base.gate, 1, rank)
         self.router = zeros(base.up, num_experts, base.sizes[0])
+        check_plain("feed-forward block", base.gate or base.up, "groups the rows of the weight itself")
         groups = balanced_clusters(weight_of(base.gate or base.up), num_experts)  # (H,)
         self.groups = nn.Parameter(groups, requires_grad=False)
         self.kept = nn.Parameter(torch.ones((), **place(base.up)), requires_grad=False)  # a
@@ -116,6 +119,7 @@ class EMTAL(BlockMethod):
         return self.fade[1]
 
     def block(self, base: FeedForward, tasks: Sequence[str]) -> GroupedFeedForward:
+        check_units(self.num_experts, base)
         layer = GroupedFeedForward(base, self.num_experts, self.rank, self.temperature, self.alpha / self.rank)
         if self.start == "released":
             for pair in layer._pairs():

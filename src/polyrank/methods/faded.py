@@ -7,7 +7,8 @@ https://arxiv.org/abs/2501.06884
 Another method for linear layers, of which every expert answers (a soft gate): at the end the weights are those that
 equal logits give, whatever the input, so that one weight stands for each layer, and `merge` gives it exactly.
 
-Choose it if a method with a soft router serves you, and the model must leave as a plain one.
+Choose it if a method with a soft router serves you, and the model must leave as a plain one. It takes `hydralora`,
+`loramoe`, `mode`, `teamlora`, `c_lorae`, `mtl_lora` and `moelora`.
 
 Deviations from the paper: it fades the router of its own method, inside feed-forward blocks (`emtal`).
 """
@@ -22,7 +23,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..mixture import Gate, Mixture, MixtureLinear, Note, Site, place
-from .base import STRICT, Method, check_fade, share_left
+from .base import NOT_FADED, STRICT, Method, check_fade, share_left
 
 
 class Fading(Gate):
@@ -53,6 +54,9 @@ class Faded(Method):
     fade: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(le=1)]] = (0.0, 0.5)
     """the shares of the training between which a falls from 1 to 0"""
 
+    def __hash__(self) -> int:
+        return hash(repr(self))  # `of` is a dict
+
     @field_validator("of", mode="before")
     @classmethod
     def _of(cls, given: object) -> object:
@@ -62,6 +66,10 @@ class Faded(Method):
         fields = {"name": given} if isinstance(given, str) else given
         if not isinstance(fields, dict) or fields.get("name") not in METHODS:
             raise ValueError(f"of={given!r} names no method of polyrank: `polyrank methods` lists them")
+        if METHODS[fields["name"]].ADAPTS != "linear layers":
+            raise ValueError(
+                f"of={fields['name']!r} adapts feed-forward blocks; `emtal` is the one of those that fades"
+            )
         resolved: Any = METHODS[fields["name"]](**{key: value for key, value in fields.items() if key != "name"})
         return {"name": fields["name"], **asdict(resolved)}
 
@@ -103,6 +111,7 @@ class Faded(Method):
                 raise ValueError(f"{name}: {self.method} has no gate beside a router, so nothing can fade")
             if layer.gate.num_active(layer.experts.num_experts) < layer.experts.num_experts:
                 raise ValueError(f"{name}: the gate of {self.method} chooses experts, and only a soft one can fade")
+            layer.cure = NOT_FADED
             layer.gate = Fading(layer.gate, _num_logits(layer), layer.base)
         return layers
 

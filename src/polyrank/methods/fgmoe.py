@@ -40,7 +40,7 @@ from ..mixture import (
     add,
     run,
 )
-from .base import STRICT, BlockMethod
+from .base import STRICT, BlockMethod, check_units
 
 
 class Update(nn.Module):
@@ -145,11 +145,7 @@ class FGMoE(BlockMethod):
         return self
 
     def block(self, base: FeedForward, tasks: Sequence[str]) -> FineGrainedFeedForward:
-        if base.sizes[1] % self.num_experts:
-            raise ValueError(
-                f"a feed-forward block has {base.sizes[1]} hidden units, which num_experts={self.num_experts} does not "
-                "divide: take a divisor"
-            )
+        check_units(self.num_experts, base)
         return FineGrainedFeedForward(
             base, len(tasks), self.num_experts, self.k, self.num_shared, self.rank, self.alpha / self.rank
         )

@@ -126,7 +126,8 @@ class MixtureFeedForward(FeedForwardMixture):
         if bias is not None:
             thin = torch.cat([thin, weights.sum(-1, keepdim=True).to(thin.dtype) - 1], -1)
             b = torch.cat([b, bias.to(b.dtype).unsqueeze(0)])
-        return add(down, down(hidden), thin, b)
+        y, _ = run(down, hidden, self.down.lora_A[:0])  # the frozen product alone
+        return add(down, y, thin, b)
 
     @property
     def reads(self) -> frozenset[str]:
@@ -186,5 +187,6 @@ class MixLoRA(BlockMethod):
 
     def losses(self, notes: Mapping[str, Sequence[Note]]) -> dict[str, Tensor]:
         sizes = [global_sum(value) for _, value in notes.get("z", ())]
-        mean = {"z": self.z_loss * torch.stack([total / count for total, count in sizes]).mean()} if sizes else {}
-        return balance_loss(notes, self.balance) | mean
+        means = [total / count.clamp(min=1) for total, count in sizes]
+        z = {"z": self.z_loss * torch.stack(means).mean()} if means else {}
+        return balance_loss(notes, self.balance) | z

@@ -13,7 +13,8 @@ the omni group alone. Padding is in no group: it changes nothing and gets the fr
 ranks are mixed, never the tokens themselves.
 
 Choose it for images, or encoders that read several modalities: every adapted layer lets each token see all of its
-sample, so causal models are refused.
+sample, so models whose attention or configuration says that it is causal are refused. Some text towers do not say it
+(CLIP's, OwlViT's, GroupViT's, XCLIP's): leave those out.
 
 Reconstruction: no code was released and the paper's text was not read in full.
 - The slots are those of Soft MoE, of which nothing is normalised here: neither x nor Phi.

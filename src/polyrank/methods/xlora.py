@@ -18,7 +18,8 @@ Deviations from the released code:
   hidden state (theirs) has no name. With every layer of a transformer targeted it is half a block before that.
 - Every layer has scalings of its own (an option there; by default all layers have the same).
 - Q starts with bias 0. Hidden units are rectified (theirs only if asked). The extra forward has no dropout.
-- Encoder and decoder of one model cannot be adapted together: their tokens differ.
+- Encoder and decoder of one model cannot be adapted together: their tokens differ. generate() runs an encoder by
+  itself, so only the decoder's own layers can be adapted for it.
 - No cache of keys and values: a step of decoding sees one token, and the extra forward needs all. So `use_cache=False`.
 """
 
@@ -137,7 +138,8 @@ class Scaled(Router):
         if SCALINGS not in once:
             raise ValueError(
                 f"{site.name}: X-LoRA's scalings come from a forward of the whole model, and this layer was called "
-                "outside of one: call the model that was adapted"
+                "outside of one: call the model that was adapted (generate() of an encoder-decoder runs its encoder "
+                "alone: target the decoder's own layers)"
             )
         scalings = once[SCALINGS][..., self.layer, :]
         if scalings.shape[:-1] != x.shape[:-1]:

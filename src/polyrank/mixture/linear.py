@@ -18,6 +18,8 @@ from .site import Site
 class Mixture(nn.Module, ABC):
     """What stands in the place of a frozen linear layer: it keeps the layer as ``base`` and knows its ``site``."""
 
+    cure = "keep the adapter in the model, or train with a task-only router"  # where merging is refused
+
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
@@ -86,7 +88,7 @@ class Mixture(nn.Module, ABC):
         if self.reads_input:
             raise ValueError(
                 f"{self.site.name}: the gate depends on the input, so no single weight stands for a task and nothing "
-                "is approximated silently; keep the adapter in the model, or train with a task-only router"
+                f"is approximated silently; {self.cure}"
             )
 
 

@@ -30,7 +30,8 @@ class _BaseShrink(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a = ctx.saved_tensors
         dy, dz = grads
-        dy, dz = dy.reshape(-1, dy.shape[-1]), dz.reshape(-1, dz.shape[-1])
+        dy = dy.reshape(-1, dy.shape[-1])
+        dz = dz.reshape(dy.shape[0], -1)  # there may be no rows
         dx = da = None
         with torch.autocast(x.device.type, enabled=False):  # the dtypes were settled in the forward
             if ctx.needs_input_grad[0]:

@@ -83,13 +83,14 @@ class Route:
         ids = self.modality_ids
         if ids is None:
             raise ValueError(
-                f"{layer}: this method tells modalities apart and none were given: call the model with "
-                "modality_ids=<LongTensor (B, L)>, one id for each token"
+                f"{layer}: this method tells modalities apart and none were given: set its modalities to 0, or call "
+                "the model with modality_ids=<LongTensor (B, L)>, one id for each token"
             )
         if ids.shape != x.shape[:-1]:
             raise ValueError(
-                f"{layer}: modality_ids {tuple(ids.shape)} do not fit a layer input of shape {tuple(x.shape)}: give "
-                "one id for each token (B, L)"
+                f"{layer}: modality_ids {tuple(ids.shape)} do not fit a layer that reads {tuple(x.shape[:-1])} tokens: "
+                "give one id for each token (B, L), and leave out layers that read something else, such as a pooler, "
+                "with exclude="
             )
         return ids.to(x.device)
 

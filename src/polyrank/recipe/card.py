@@ -76,7 +76,8 @@ def card(finished: Run) -> Panel:
         f"{100 * results['held_out_mean']:.1f}{skipped}",
         "time": f"{sum(seconds.values()):.0f} s ({parts})",
         "memory": f"{results['peak_bytes'] / 2**20:,.0f} MiB at most",
-        "files": f"{folder}: adapter ({_size(folder / 'adapter')}), heads, recipe.yaml, metrics.jsonl, results.json",
+        "files": f"{folder}: adapter ({_size(folder / 'adapter')}), heads, recipe.yaml, metrics.jsonl, results.json"
+        f"{', forgetting.json' if (folder / 'forgetting.json').is_file() else ''}",
     }
     grid = Table.grid(padding=(0, 2))
     for name, text in rows.items():

@@ -116,6 +116,8 @@ def apply_setting(content: dict[str, Any], setting: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise RecipeError(f"--set {setting!r}: write key=value, for example --set training.steps=50")
+    if keys[0] == "method" and len(keys) > 1 and isinstance(content.get("method"), str):
+        content["method"] = {"name": content["method"]}  # the short form
     place: Any = content
     for depth, key in enumerate(keys[:-1]):
         place = _task(place, key, setting) if keys[:depth] == ["tasks"] else place.setdefault(key, {})

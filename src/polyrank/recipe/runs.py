@@ -33,7 +33,7 @@ from polyrank.recipe.schema import Recipe
 from polyrank.saving import method_fields
 from polyrank.sequence import Forgetting
 from polyrank.tasks import HeadTask
-from polyrank.train import combine, split, train
+from polyrank.train import combine, retain, split, train
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # a person can do something
 POOLER = r"(.*\.)?pooler(\..*)?"  # a pooler takes no part in masked-mean pooling: never adapted
@@ -124,6 +124,7 @@ def attach(recipe: Recipe, model: MultiTaskModel, batch: Batch) -> Adapter:
         if recipe.training.checkpointing:
             adapter.enable_checkpointing()
         combine(recipe.training, model, adapter)
+        retain(recipe.training, model.tasks)
         forward(model, batch)
         return adapter
     except (ValueError, TypeError) as error:
@@ -200,7 +201,9 @@ def train_bank(
             continue
         said = f"bank, {number} of {len(recipe.tasks)}: {task.name} alone"
         Console(stderr=True).print(said, style="dim", highlight=False, markup=False)
-        training = recipe.training.model_copy(update={"task_weights": None, "combine": None, "trackers": []})
+        training = recipe.training.model_copy(
+            update={"task_weights": None, "combine": None, "quality_retaining": None, "trackers": []}
+        )
         alone = {"method": method_fields(method), "tasks": [task], "training": training, "out": str(place)}
         try:
             run(recipe.model_copy(update=alone), resume=True, progress=progress, features=features)
