@@ -228,6 +228,9 @@ def test_the_order_of_settings_does_not_matter(tmp_path: Path):
     for order in (settings, settings[::-1], ["method=dora", "method.rank=6"]):
         assert read_recipe(path, order).method == {"name": "dora", "rank": 6, "alpha": 16.0}
     assert read_recipe(write(tmp_path, GOOD | {"method": "more"})).method["name"] == "more"
+    short = write(tmp_path, GOOD | {"method": "emtal"})
+    assert read_recipe(short, ["method.num_experts=8"]).method["num_experts"] == 8
+    assert read_recipe(short, ["method.name=dora"]).method["name"] == "dora"
 
 
 def test_a_setting_reaches_into_a_task(tmp_path: Path):

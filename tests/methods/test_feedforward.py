@@ -150,9 +150,20 @@ def test_without_its_router_a_released_emtal_is_the_block_and_loras():
     assert_close(found[0], found[1])
 
 
-@pytest.mark.parametrize("of", ["ase", "lora", "moore", "smora", "nothing"])
+def test_before_the_end_the_cure_is_to_go_on_fading():
+    for method in (EMTAL(num_experts=4), Faded()):
+        _, adapter = adapted(method)
+        assert "until 50% of the training" in adapter.summary().merges
+        with pytest.raises(ValueError, match="its router has not faded: train to the end of `fade`"):
+            adapter.merge("a")
+        adapter.before_step(1.0)
+        adapter.merge("a")
+    assert hash(Faded()) == hash(Faded(of="hydralora")) != hash(Faded(of="mode"))
+
+
+@pytest.mark.parametrize("of", ["ase", "lora", "moore", "smora", "nothing", "mixlora"])
 def test_what_cannot_fade_is_refused(of):
-    with pytest.raises(ValueError, match=r"can fade|names no method"):
+    with pytest.raises(ValueError, match=r"can fade|names no method|adapts feed-forward blocks"):
         adapt(Net(), Faded(of=of), tasks=list("abc"), targets=["q"])
 
 
