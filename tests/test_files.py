@@ -39,7 +39,7 @@ def test_loads_in_a_fresh_process(tmp_path):
         "import sys, torch; from pathlib import Path; from safetensors.torch import save_file\n"
         "from small import *; root = Path(sys.argv[1]); out = {}\n"
         "for name in METHODS:\n"
-        "    torch.manual_seed(1); net = Net().eval(); torch.manual_seed(77); Adapter.load(root / name, net)\n"
+        "    net = base(METHODS[name]).eval(); torch.manual_seed(77); Adapter.load(root / name, net)\n"
         "    out[name] = net(inputs(4, 5, 16), task_ids=IDS).detach()\n"
         "save_file(out, root / 'out.safetensors')"
     )

@@ -7,6 +7,7 @@ from torch.nn.functional import silu
 
 from polyrank.methods import (
     ConditionalMixLoRA,
+    Faded,
     HydraLoRA,
     LoRAMoE,
     MALoRA,
@@ -69,6 +70,21 @@ def naive_hydralora(method, p, weight, bias, x, ids):
             for j in range(r):
                 b = p["experts.lora_B"][i * r + j]
                 y = y + method.alpha / r * gate[i] * b * torch.dot(p["experts.lora_A"][j], token)
+        out.append(y)
+    return like(x, out), 0.0
+
+
+def naive_faded(method, p, weight, bias, x, ids):
+    """HydraLoRA's weights, and equal ones as far as its router has faded."""
+    of, out = method.method, []
+    for token in x.flatten(0, 1):
+        gate = softmax(logits_of(p, token))
+        y = weight @ token + bias
+        for i in range(of.num_experts):
+            share = p["gate.kept"] * gate[i] + (1 - p["gate.kept"]) / of.num_experts
+            for j in range(of.rank):
+                b = p["experts.lora_B"][i * of.rank + j]
+                y = y + of.alpha / of.rank * share * b * torch.dot(p["experts.lora_A"][j], token)
         out.append(y)
     return like(x, out), 0.0
 
@@ -241,6 +257,7 @@ def naive_moa(method, p, weight, bias, x, ids):
 
 BY_TOKEN = {
     HydraLoRA: naive_hydralora,
+    Faded: naive_faded,
     LoRAMoE: naive_loramoe,
     MoLA: naive_mola,
     MALoRA: naive_malora,
