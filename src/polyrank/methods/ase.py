@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..mixture import (
+    Around,
     Gate,
     JointTopK,
     LoRAExperts,
@@ -50,15 +51,12 @@ from ..mixture import (
 from .base import STRICT, Method
 
 
-class JointWatched(Gate):
+class JointWatched(Around):
     """Another gate that notes the softmax mass of the routed experts by task, summed over the tokens: (T, E - S)."""
 
     def __init__(self, gate: Gate, num_tasks: int, num_shared: int) -> None:
-        super().__init__()
-        self.gate, self.num_tasks, self.num_shared = gate, num_tasks, num_shared
-
-    def forward(self, logits: Tensor) -> Tensor:
-        return self.gate(logits)
+        super().__init__(gate)
+        self.num_tasks, self.num_shared = num_tasks, num_shared
 
     def watch(self, logits: Tensor, weights: Tensor, site: Site) -> None:
         if site.per_token:  # requests flattened into a row
@@ -69,9 +67,6 @@ class JointWatched(Gate):
         if mask is not None:
             p = p * mask.reshape(len(ids), -1, 1).to(p)
         site.note("joint", p.new_zeros(self.num_tasks, p.shape[-1]).index_add(0, ids, p.sum(1)))
-
-    def num_active(self, num_experts: int) -> int:
-        return self.gate.num_active(num_experts)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -22,16 +22,16 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from ..mixture import Gate, Mixture, MixtureLinear, Note, Site, place
+from ..mixture import Around, Gate, Mixture, MixtureLinear, Note, Site, place
 from .base import NOT_FADED, STRICT, Method, check_fade, share_left
 
 
-class Fading(Gate):
+class Fading(Around):
     """A soft gate that loses its sight."""
 
     def __init__(self, gate: Gate, num_logits: int, base: nn.Module) -> None:
-        super().__init__()
-        self.gate, self.num_logits = gate, num_logits
+        super().__init__(gate)
+        self.num_logits = num_logits
         self.kept = nn.Parameter(torch.ones((), **place(base)), requires_grad=False)  # a
 
     def forward(self, logits: Tensor) -> Tensor:
@@ -42,9 +42,6 @@ class Fading(Gate):
 
     def fixed(self) -> Tensor | None:
         return None if float(self.kept) else self.gate(self.kept.new_zeros(self.num_logits))
-
-    def num_active(self, num_experts: int) -> int:
-        return self.gate.num_active(num_experts)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT | {"validate_default": True})

@@ -93,12 +93,11 @@ class FineGrainedFeedForward(FeedForwardMixture):
         up = updated(base.up, self.up)
         gate = None if base.gate is None or self.side is None else updated(base.gate, self.side)
         a = base.activate(up, gate)  # (..., H)
-        rank, down = self.down.all.rank, self.down
+        down = self.down
         y, common = run(base.down, a, down.all.down())
         mine = F.linear(self._sliced(a, units), down.task.down().to(a.dtype))
         mine, common = down.split(torch.cat([mine, common], -1) * self.scale, own, share)
         b = torch.cat([down.task.up(base.down), down.all.up(base.down)])
-        assert common.shape[-1] == rank
         return base.outer(add(base.down, y, torch.cat([mine, common], -1), b))
 
     def _sliced(self, hidden: Tensor, units: Tensor) -> Tensor:

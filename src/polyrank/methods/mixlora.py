@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..mixture import (
+    Around,
     FeedForward,
     FeedForwardMixture,
     Gate,
@@ -68,15 +69,8 @@ class TopP(Gate):
         return num_experts
 
 
-class LogitsWatched(Gate):
+class LogitsWatched(Around):
     """Another gate that also notes how large its logits are: sum and number of logsumexp(z)^2; padding is left out."""
-
-    def __init__(self, gate: Gate) -> None:
-        super().__init__()
-        self.gate = gate
-
-    def forward(self, logits: Tensor) -> Tensor:
-        return self.gate(logits)
 
     def watch(self, logits: Tensor, weights: Tensor, site: Site) -> None:
         self.gate.watch(logits, weights, site)
@@ -84,9 +78,6 @@ class LogitsWatched(Gate):
         mask = site.mask(logits)
         counts = torch.ones_like(squares) if mask is None else mask.reshape(squares.shape).to(squares)
         site.note("z", torch.stack([(squares * counts).sum(), counts.sum()]))
-
-    def num_active(self, num_experts: int) -> int:
-        return self.gate.num_active(num_experts)
 
 
 class MixtureFeedForward(FeedForwardMixture):

@@ -32,6 +32,7 @@ from .experts import (
 )
 from .feedforward import FeedForward as FeedForward, FeedForwardMixture as FeedForwardMixture
 from .gates import (
+    Around as Around,
     Gate as Gate,
     JointTopK as JointTopK,
     NaiveShared as NaiveShared,

@@ -101,8 +101,8 @@ class NaiveShared(Gate):
         return self.routed.k + self.num_shared
 
 
-class Watched(Gate):
-    """Another gate whose load is noted for a balance loss (``load_balance``); padding is left out."""
+class Around(Gate, ABC):
+    """Another gate, whose weights it gives, and something beside."""
 
     def __init__(self, gate: Gate) -> None:
         super().__init__()
@@ -111,14 +111,21 @@ class Watched(Gate):
     def forward(self, logits: Tensor) -> Tensor:
         return self.gate(logits)
 
+    @abstractmethod
+    def watch(self, logits: Tensor, weights: Tensor, site: Site) -> None: ...
+
+    def num_active(self, num_experts: int) -> int:
+        return self.gate.num_active(num_experts)
+
+
+class Watched(Around):
+    """Another gate whose load is noted for a balance loss (``load_balance``); padding is left out."""
+
     def watch(self, logits: Tensor, weights: Tensor, site: Site) -> None:
         p, chosen = _softmax(logits).flatten(0, -2), (weights.detach() > 0).flatten(0, -2)  # (N, E)
         mask = site.mask(logits)
         counts = torch.ones_like(p[:, :1]) if mask is None else mask.reshape(-1, 1).to(p)
         site.note("load", torch.stack([(chosen * counts).sum(0), (p * counts).sum(0)]))  # (2, E)
-
-    def num_active(self, num_experts: int) -> int:
-        return self.gate.num_active(num_experts)
 
 
 class Offset(Gate):
