@@ -33,6 +33,7 @@ from .rslora import RsLoRA as RsLoRA
 from .same import SAME as SAME
 from .smola import SMoLA as SMoLA
 from .smora import SMoRA as SMoRA
+from .task_lora import TaskLoRA as TaskLoRA
 from .teamlora import TeamLoRA as TeamLoRA
 from .vb_lora import VBLoRA as VBLoRA
 from .xlora import XLoRA as XLoRA
@@ -48,6 +49,7 @@ METHODS: dict[str, type[Method]] = {
     "multilora": MultiLoRA,
     "vb_lora": VBLoRA,
     "adalora": AdaLoRA,
+    "task_lora": TaskLoRA,
     "more": MoRE,
     "mtl_lora": MTLLoRA,
     "moelora": MOELoRA,

@@ -34,6 +34,17 @@ class Experts(nn.Module, ABC):
         return trained * num_active // self.num_experts
 
 
+def over_ranks(gate: Tensor, rank: int) -> Tensor:
+    """gate (..., E), each weight once for each rank of its expert: (..., E r).
+
+    As a product with ones and zeros: it is exact, and its backward pass is a product too, not a sum over short rows.
+    """
+    if rank == 1:
+        return gate
+    ones = torch.eye(gate.shape[-1], device=gate.device, dtype=gate.dtype).repeat_interleave(rank, 1)
+    return gate @ ones
+
+
 class Pairs(Experts):
     """E pairs (A_e, B_e) of one rank, stacked. A as nn.Linear's default, B zero: starts as the base."""
 
@@ -57,10 +68,7 @@ class LoRAExperts(Pairs):
     def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
         if gate is None:
             return z
-        gate = gate.to(z.dtype)
-        if self.rank == 1:
-            return z * gate
-        return (z.unflatten(-1, (self.num_experts, self.rank)) * gate.unsqueeze(-1)).flatten(-2)
+        return z * over_ranks(gate.to(z.dtype), self.rank)
 
 
 class TaskExperts(Experts):
@@ -81,7 +89,7 @@ class TaskExperts(Experts):
 
     def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
         assert gate is not None
-        return (z.unflatten(-1, (self.num_experts, self.rank)) * gate.to(z.dtype).unsqueeze(-1)).flatten(-2)
+        return z * over_ranks(gate.to(z.dtype), self.rank)
 
     @torch.no_grad()
     def put(self, task: int, a: Tensor, b: Tensor) -> None:

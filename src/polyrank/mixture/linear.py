@@ -4,13 +4,12 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .base import in_out_features, runs_primitives, weight_of
 from .context import RouteContext
 from .experts import Experts
 from .gates import Gate
-from .primitives import base_shrink, compute_dtype, expand_
+from .primitives import base_shrink, compute_dtype, expand_, thin_products
 from .routers import Router
 from .site import Site
 
@@ -113,19 +112,22 @@ class MixtureLinear(Mixture):
         if rows is not None:
             a = torch.cat([a, rows])
         y, z = run(self.base, x, a)
-        return add(self.base, y, self.mix(x, z, rank, self.site), self.experts.up(self.base))
+        q, b = self.mix(x, z, rank, self.site), self.experts.up(self.base)
+        if self.scale != 1:  # on the smaller of the two
+            q, b = (q * self.scale, b) if q.numel() < b.numel() else (q, b * self.scale)
+        return add(self.base, y, q, b)
 
     def mix(self, x: Tensor, z: Tensor, rank: int, site: Site) -> Tensor:
-        """The rank side: q = s C(x, t) z, (..., R')."""
+        """The rank side without the scale: q = C(x, t) z, (..., R')."""
         gate = None
         if self.router is not None:
-            gate = logits = self.router(x, z[..., rank:], site)
+            z, rows = z.split((rank, z.shape[-1] - rank), -1)  # one backward pass for both parts, unlike two slices
+            gate = logits = self.router(x, rows, site)
             if self.gate is not None:
                 gate = self.gate(logits)
                 if self.training and site.listens:
                     self.gate.watch(logits, gate, site)
-        q = self.experts.core(z[..., :rank], gate, site)
-        return q if self.scale == 1 else q * self.scale
+        return self.experts.core(z, gate, site)
 
     @property
     def stands_for_base(self) -> bool:
@@ -151,9 +153,9 @@ class MixtureLinear(Mixture):
         eye, site = torch.eye(len(a), device=a.device, dtype=a.dtype), self.site.on(task, a.device)
         fixed = None if self.gate is None else self.gate.fixed()
         self.eval()  # no noise in a merged weight
-        q = self.mix(eye, eye, len(a), site) if fixed is None else self.scale * self.experts.core(eye, fixed, site)
+        q = self.mix(eye, eye, len(a), site) if fixed is None else self.experts.core(eye, fixed, site)
         self.train(training)
-        return a, q @ self.experts.up(self.base).to(a.dtype)
+        return a, self.scale * q @ self.experts.up(self.base).to(a.dtype)
 
     @torch.no_grad()
     def task_weight(self, task: int) -> Tensor:
@@ -167,15 +169,18 @@ class MixtureLinear(Mixture):
 
 
 def run(base: nn.Module, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """The frozen layer's output (..., O) and the thin products x A' (..., R), by ``base_shrink`` where it may be."""
+    """The frozen layer's output (..., O) and the thin products x A' (..., R), by ``base_shrink`` where it may be.
+
+    a: (R, I), or (N, R, I) for N equal parts of x's first dimension.
+    """
     if runs_primitives(base):
         return base_shrink(x, weight_of(base), base._parameters["bias"], a)
-    return base(x), F.linear(x, a.to(compute_dtype(x)))  # quantised, sharded, wrapped, hooked: it runs as it is
+    return base(x), thin_products(x, a.to(compute_dtype(x)))  # quantised, sharded, wrapped, hooked: it runs as it is
 
 
 def add(base: nn.Module, y: Tensor, q: Tensor, b: Tensor) -> Tensor:
-    """``y`` that ``run`` gave, and q B (..., O); in place where it may be. q: (..., R'); b: (R', O)."""
-    return expand_(y, q, b) if runs_primitives(base) else y + F.linear(q, b.t().to(q.dtype)).to(y.dtype)
+    """``y`` that ``run`` gave, and q B (..., O); in place where it may be. q: (..., R'); b: (R', O) or (N, R', O)."""
+    return expand_(y, q, b) if runs_primitives(base) else y + thin_products(q, b.mT.to(q.dtype)).to(y.dtype)
 
 
 def context_of(model: nn.Module) -> RouteContext | None:

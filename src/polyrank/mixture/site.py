@@ -66,8 +66,11 @@ class Site:
 
     @property
     def listens(self) -> bool:
-        """Whether notes are worth leaving: only a forward of the whole model that will be differentiated has losses."""
-        return torch.is_grad_enabled() and self.context.route.batch is not None
+        """Whether notes are worth leaving: only a forward of the whole model that will be differentiated has losses.
+
+        A layer that no adapter put anywhere has none.
+        """
+        return torch.is_grad_enabled() and bool(self.context.tasks) and self.context.route.batch is not None
 
     @property
     def replays(self) -> bool:
