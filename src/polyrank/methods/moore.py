@@ -37,7 +37,6 @@ from ..mixture import (
     Gate,
     Mixture,
     MixtureLinear,
-    Offset,
     Reflections,
     Router,
     SampleRouter,
@@ -46,12 +45,11 @@ from ..mixture import (
     TaskEmbedding,
     TokenRouter,
     adapter_dtype,
-    base_shrink,
-    expand_,
     weight_of,
 )
 from ..svd import Factors
 from .base import STRICT, Method, factors_of
+from .singular import SingularLinear
 
 Even = Annotated[int, Ge(2), MultipleOf(2)]
 Level = Literal["token", "sample", "task"]
@@ -62,60 +60,6 @@ def _router(base: nn.Module, level: Level, num_tasks: int, task_dim: int, router
     if level == "task":
         return by_task
     return Sum(by_task, {"token": TokenRouter, "sample": SampleRouter}[level](base, router_dim, num_experts))
-
-
-class SingularLinear(Mixture):
-    """MoORE's layer: the singular directions of W, gated, stand for W."""
-
-    def __init__(self, base: nn.Module, factors: Factors, reflections: Reflections, router: Router) -> None:
-        super().__init__(base)
-        self.reflections, self.router, self.gate = reflections, router, Offset(factors.sigma)
-        dtype = weight_of(base).dtype
-        self.u: Tensor
-        self.vt: Tensor
-        self.register_buffer("u", factors.u.to(dtype), persistent=False)  # (O, K)
-        self.register_buffer("vt", factors.vt.to(dtype), persistent=False)  # (K, I)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, core = self.reflections.factors()
-        rank, extra = len(rows), self.router.rows()
-        a = rows if extra is None else torch.cat([rows, extra])
-        h, z = base_shrink(x, self.vt, None, a)  # V'x and the thin products
-        h = expand_(h, z[..., :rank], -core @ F.linear(rows, self.vt.to(rows.dtype)))  # V'P'x, P folded into V
-        gate = self.gate(self.router(x, z[..., rank:], self.site))
-        return F.linear(gate.to(h.dtype) * h, self.u.to(h.dtype), None if self.bias is None else self.bias.to(h.dtype))
-
-    @property
-    def stands_for_base(self) -> bool:
-        return True
-
-    @property
-    def reads(self) -> frozenset[str]:
-        return self.router.reads
-
-    def experts(self) -> tuple[Tensor, Tensor]:
-        """U (O, K) and V'P' (K, I): expert d is their d-th column and row."""
-        return self.u, self.vt.to(self.reflections.vectors.dtype) @ self.reflections.matrix().t()
-
-    @torch.no_grad()
-    def task_weight(self, task: int) -> Tensor:
-        self.refuse_if_input_routed()
-        u, vt = self.experts()
-        gate = self.gate(self.router(vt[:1], vt[:1, :0], self.site.on(task, vt.device))).view(-1)
-        return (u.to(vt.dtype) * gate) @ vt
-
-    def task_lora(self, task: int) -> tuple[Tensor, Tensor]:
-        raise ValueError(
-            f"{self.site.name}: MoORE changes every singular direction, so its delta has full rank and is no LoRA; "
-            "merge the task into a dense weight, or train MoORETopK with router='task', whose delta has rank k + L"
-        )
-
-    def active_parameters(self) -> int:
-        return self.reflections.vectors.numel() + self.router.active_parameters()
-
-    def flops_per_token(self) -> int:
-        thin = self.reflections.vectors.numel() + len(self.reflections.vectors) * len(self.vt)
-        return 2 * (self.u.numel() + self.vt.numel() + thin) + self.router.flops_per_token()
 
 
 class SingularDirections(Experts):

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from ..mixture import (
     Gate,
+    Kept,
     LoRAExperts,
     Mixture,
     MixtureLinear,
@@ -42,6 +43,7 @@ from ..mixture import (
     Site,
     TaskTable,
     in_out_features,
+    infers,
     normal,
     place,
     uniform,
@@ -69,6 +71,7 @@ class RankSelector(Router):
         rising = STEP * torch.arange(rank, **place(base))
         self.bias = nn.Parameter(rising) if start == "full" else uniform(base, rank, bound=width**-0.5)
         self.temperature, self.pooling = temperature, pooling
+        self._table: Kept[Tensor] = Kept()
 
     def rows(self) -> None:
         return None
@@ -80,7 +83,9 @@ class RankSelector(Router):
         ids = site.ids(x)
         if self.training and site.listens and self.temperature > 0:
             site.note("contrastive", self._contrastive(x, ids, site))
-        return F.embedding(ids, self.logits())
+        if infers() or site.per_token:
+            return F.embedding(ids, self._table(None, (self,), self.logits))
+        return F.linear(F.embedding(ids, self.embedding()), self.proj, self.bias)
 
     def _contrastive(self, x: Tensor, ids: Tensor, site: Site) -> Tensor:
         h = site.pool(x) if self.pooling == "mean" else x.reshape(len(x), -1, x.shape[-1])[:, 0]  # (B, I)

@@ -36,11 +36,11 @@ from .gates import (
     Gate as Gate,
     JointTopK as JointTopK,
     NaiveShared as NaiveShared,
-    Offset as Offset,
     Softmax as Softmax,
     SoftmaxTopK as SoftmaxTopK,
     Watched as Watched,
 )
+from .kept import Kept as Kept, drop_kept as drop_kept, infers as infers
 from .linear import (
     Mixture as Mixture,
     MixtureLinear as MixtureLinear,

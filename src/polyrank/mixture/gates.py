@@ -130,18 +130,3 @@ class Watched(Around):
         mask = site.mask(logits)
         counts = torch.ones_like(p[:, :1]) if mask is None else mask.reshape(-1, 1).to(p)
         site.note("load", torch.stack([(chosen * counts).sum(0), (p * counts).sum(0)]))  # (2, E)
-
-
-class Offset(Gate):
-    """relu(offset + logits): a fixed weight that the router corrects, never below zero."""
-
-    def __init__(self, offset: Tensor) -> None:
-        super().__init__()
-        self.offset: Tensor
-        self.register_buffer("offset", offset, persistent=False)  # (E,)
-
-    def forward(self, logits: Tensor) -> Tensor:
-        return F.relu(self.offset.to(logits.dtype) + logits)
-
-    def num_active(self, num_experts: int) -> int:
-        return num_experts

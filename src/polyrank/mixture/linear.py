@@ -4,14 +4,20 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .base import in_out_features, runs_primitives, weight_of
 from .context import RouteContext
 from .experts import Experts
 from .gates import Gate
-from .primitives import base_shrink, compute_dtype, expand_, thin_products
+from .kept import Kept, infers
+from .primitives import base_shrink, compute_dtype, expand_, thin_products, with_lora
 from .routers import Router
 from .site import Site
+
+
+BY_TASK = frozenset({"task"})
+MOST_KEPT = 8  # LoRAs that inference keeps of a layer whose gate the task decides
 
 
 class Mixture(nn.Module, ABC):
@@ -105,29 +111,77 @@ class MixtureLinear(Mixture):
     ) -> None:
         super().__init__(base)
         self.experts, self.router, self.gate, self.scale = experts, router, gate, scale
+        self._loras: Kept[tuple[frozenset[str], dict[int, tuple[Tensor, Tensor]]]] = Kept()
+        self._thin: Kept[tuple[Tensor, int, Tensor]] = Kept()
+        self._gates: Kept[Tensor] = Kept()
 
     def forward(self, x: Tensor) -> Tensor:
-        a = self.experts.down()
-        rank, rows = len(a), None if self.router is None else self.router.rows()
-        if rows is not None:
-            a = torch.cat([a, rows])
+        if infers():
+            return self._infer(x)
+        a, rank, b = self._weights()
         y, z = run(self.base, x, a)
-        q, b = self.mix(x, z, rank, self.site), self.experts.up(self.base)
+        q = self.mix(x, z, rank, self.site)
         if self.scale != 1:  # on the smaller of the two
             q, b = (q * self.scale, b) if q.numel() < b.numel() else (q, b * self.scale)
         return add(self.base, y, q, b)
 
+    def _weights(self) -> tuple[Tensor, int, Tensor]:
+        """A with the router's rows, how many rows are the experts', and B."""
+        a, b = self.experts.down(), self.experts.up(self.base)
+        rows = None if self.router is None else self.router.rows()
+        return (a if rows is None else torch.cat([a, rows])), len(a), b
+
+    def _infer(self, x: Tensor) -> Tensor:
+        """The forward without gradients: what does not depend on x is computed once, as long as no weight changes."""
+        dtype, parts = compute_dtype(x), tuple(self._modules.values())
+        reads, loras = self._loras((dtype, parts), parts, lambda: (self.reads, {}))
+        if not self.training and reads <= BY_TASK:  # one linear function of each task
+            task = self.site.task if reads else 0
+            if task is not None:
+                if task not in loras:
+                    if len(loras) == MOST_KEPT:
+                        loras.clear()
+                    loras[task] = self._folded(task, dtype)
+                return apply_lora(self.base, x, *loras[task])
+        a, rank, b = self._thin((dtype, parts), parts, lambda: self._in_inference(dtype))
+        y, z = run(self.base, x, a)
+        return add(self.base, y, self.mix(x, z, rank, self.site), b)
+
+    def _folded(self, task: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The task's LoRA in ``dtype``, without the ranks that add nothing on this task."""
+        a, b = self.task_lora(task)
+        used = b.any(1)
+        return a[used].to(dtype), b[used].to(dtype)
+
+    def _in_inference(self, dtype: torch.dtype) -> tuple[Tensor, int, Tensor]:
+        a, rank, b = self._weights()
+        return a.to(dtype), rank, (self.scale * b).to(dtype)
+
     def mix(self, x: Tensor, z: Tensor, rank: int, site: Site) -> Tensor:
         """The rank side without the scale: q = C(x, t) z, (..., R')."""
-        gate = None
-        if self.router is not None:
-            z, rows = z.split((rank, z.shape[-1] - rank), -1)  # one backward pass for both parts, unlike two slices
-            gate = logits = self.router(x, rows, site)
-            if self.gate is not None:
-                gate = self.gate(logits)
-                if self.training and site.listens:
-                    self.gate.watch(logits, gate, site)
-        return self.experts.core(z, gate, site)
+        if self.router is None:
+            return self.experts.core(z, None, site)
+        if not self.training and infers() and self.router.reads == BY_TASK and site.context.tasks:
+            parts = self.router, self.gate
+            every = self._gates((site.context.tasks, *parts), parts, lambda: self._gate_of_each_task(x))  # (T, E)
+            return self.experts.core(z, F.embedding(site.ids(x), every), site)
+        z, rows = z.split((rank, z.shape[-1] - rank), -1)  # one backward pass for both parts, unlike two slices
+        return self.experts.core(z, self._weighed(x, rows, site), site)
+
+    def _weighed(self, x: Tensor, rows: Tensor, site: Site) -> Tensor:
+        assert self.router is not None
+        logits = self.router(x, rows, site)
+        if self.gate is None:
+            return logits
+        gate = self.gate(logits)
+        if self.training and site.listens:
+            self.gate.watch(logits, gate, site)
+        return gate
+
+    def _gate_of_each_task(self, x: Tensor) -> Tensor:
+        tasks = len(self.site.context.tasks)
+        samples = x.new_zeros(tasks, 1, x.shape[-1])
+        return self._weighed(samples, samples[..., :0], self.site.of_all(x.device)).view(tasks, -1)
 
     @property
     def stands_for_base(self) -> bool:
@@ -181,6 +235,14 @@ def run(base: nn.Module, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
 def add(base: nn.Module, y: Tensor, q: Tensor, b: Tensor) -> Tensor:
     """``y`` that ``run`` gave, and q B (..., O); in place where it may be. q: (..., R'); b: (R', O) or (N, R', O)."""
     return expand_(y, q, b) if runs_primitives(base) else y + thin_products(q, b.mT.to(q.dtype)).to(y.dtype)
+
+
+def apply_lora(base: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The frozen layer and one LoRA, without a graph. a: (R, I) and b: (R, O), in the compute dtype."""
+    if type(base) is nn.Linear and runs_primitives(base):
+        return with_lora(x, base.weight, base.bias, a, b)
+    y, z = run(base, x, a)
+    return add(base, y, z, b)
 
 
 def context_of(model: nn.Module) -> RouteContext | None:

@@ -106,7 +106,18 @@ def base_shrink(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor) -> tu
         y (..., O), contiguous and safe to change in place, and z (..., R), both in the compute dtype.
     """
     dtype = compute_dtype(x)
+    if not torch.is_grad_enabled():
+        x = x.to(dtype)
+        y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        return y.contiguous(), thin_products(x, a.to(dtype))
     return _BaseShrink.apply(x.to(dtype), weight, bias, a.to(dtype))  # type: ignore[return-value]
+
+
+def with_lora(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """x W' + b + (x A') B without a graph, in as few calls as there can be; a and b in the compute dtype."""
+    y = F.linear(x, weight, bias)
+    y.view(-1, y.shape[-1]).addmm_(F.linear(x, a).view(-1, len(a)), b)
+    return y
 
 
 def expand_(y: Tensor, q: Tensor, b: Tensor) -> Tensor:

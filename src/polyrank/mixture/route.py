@@ -18,6 +18,7 @@ class Route:
     """What one forward knows: tasks, masks, and the notes of its layers."""
 
     task_ids: Tensor | None = None  # (B,), or (B, L) where requests are flattened into rows
+    task: int | None = None  # the one task of all samples, where that is known without waiting for the device
     batch: int | None = None  # samples in this forward; None outside the root's forward
     masks: dict[str, Tensor | None] = field(default_factory=dict)  # stream -> (B, L), nonzero where a token counts
     notes: dict[str, list[Note]] = field(default_factory=dict)  # kind -> notes, in the order of the layers
