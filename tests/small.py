@@ -32,8 +32,8 @@ from polyrank.methods import (
     Poly,
     RsLoRA,
     SMoLA,
-    TaskLoRA,
     SMoRA,
+    TaskLoRA,
     TeamLoRA,
     VBLoRA,
     XLoRA,
@@ -115,7 +115,9 @@ READS: dict[str, frozenset[str]] = {
     **dict.fromkeys(["lora", "rslora", "dora", "pissa", "milora", "moslora", "melora", "multilora"], frozenset()),
     **dict.fromkeys(["vb_lora", "adalora"], frozenset()),
     **dict.fromkeys(["moore-task", "moore_topk-task", "more", "more-none", "more-released"], TASK),
-    **dict.fromkeys(["task_lora", "mtl_lora", "mtl_lora-diagonal", "moelora", "moelora-layer", "poly", "poly-splits"], TASK),
+    **dict.fromkeys(
+        ["task_lora", "mtl_lora", "mtl_lora-diagonal", "moelora", "moelora-layer", "poly", "poly-splits"], TASK
+    ),
     **dict.fromkeys(["moore-token", "moore-released", "moore_topk-token", "c_lorae"], frozenset({"task", "token"})),
     **dict.fromkeys(["ase", "ase-baseline", "ase-renormalised", "ase-naive_shared"], frozenset({"task", "token"})),
     **dict.fromkeys(["moore-sample", "moore_topk-sample", "moa"], frozenset({"task", "sample"})),

@@ -93,5 +93,7 @@ def put_experts(layers: Mapping[str, Mixture], bank: Mapping[int, Mapping[str, t
         for name, (a, b) in loras.items():
             layer = layers[name]
             if not isinstance(layer, MixtureLinear | TaskLinear) or not isinstance(layer.experts, TaskExperts):
-                raise ValueError(f"{name}: this method has no bank of one expert for each task: take MoA, X-LoRA or TaskLoRA")
+                raise ValueError(
+                    f"{name}: this method has no bank of one expert for each task: take MoA, X-LoRA or TaskLoRA"
+                )
             layer.experts.put(task, a, b / layer.scale)

@@ -76,9 +76,7 @@ def compare(
     gc.collect()
     gc.disable()
     try:
-        while len(found[order[0]]) < rounds and (
-            len(found[order[0]]) < 5 or time.perf_counter() - begin < enough
-        ):
+        while len(found[order[0]]) < rounds and (len(found[order[0]]) < 5 or time.perf_counter() - begin < enough):
             dice.shuffle(order)
             for name in order:
                 found[name].append(clock(candidates[name], repeats[name]))

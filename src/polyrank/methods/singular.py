@@ -60,14 +60,14 @@ class SingularLinear(Mixture):
         """V'P'x (..., K), and the thin products of the router's rows with x."""
         rows, core = self.reflections.factors()
         extra = self.router.rows()
-        a, sizes = rows if extra is None else torch.cat([rows, extra]), (len(rows), 0 if extra is None else len(extra))
+        a, sizes = [rows] if extra is None else [rows, extra], (len(rows), 0 if extra is None else len(extra))
         if x.numel() // x.shape[-1] < len(self.vt):  # turn x: V is larger
             x = x.to(compute_dtype(x))
-            thin, z = F.linear(x, a.to(x.dtype)).split(sizes, -1)
+            thin, z = F.linear(x, torch.cat(a).to(x.dtype)).split(sizes, -1)
             return F.linear(expand_(x.clone(), thin, -core @ rows), self.vt.to(x.dtype)), z
-        h, z = base_shrink(x, self.vt, None, a)
+        h, z = base_shrink(x, self.vt, None, *a)
         thin, z = z.split(sizes, -1)
-        return expand_(h, thin, -core @ F.linear(rows, self.vt.to(rows.dtype))), z  # P folded into V
+        return expand_(h, thin, -core @ F.linear(rows.to(self.vt.dtype), self.vt).to(rows.dtype)), z  # P folded into V
 
     def _fold(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """V'P' with the router's rows below, and its second matrix, for inference."""

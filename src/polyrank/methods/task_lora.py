@@ -39,9 +39,9 @@ class TaskLinear(Mixture):
         if self.site.per_token:  # all tasks' products, of which each token keeps its own
             y, z = run(self.base, x, experts.down())
             gate = F.embedding(ids, torch.eye(experts.num_experts, dtype=z.dtype, device=z.device))
-            return add(self.base, y, experts.core(z, gate, self.site) * self.scale, experts.up(self.base))
+            return add(self.base, y, experts.core(z, gate, self.site), experts.up(self.base), self.scale)
         y, z = run(self.base, x, _gathered(experts.lora_A, ids))
-        return add(self.base, y, z * self.scale, _gathered(experts.lora_B, ids))
+        return add(self.base, y, z, _gathered(experts.lora_B, ids), self.scale)
 
     @property
     def stands_for_base(self) -> bool:

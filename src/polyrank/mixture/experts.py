@@ -1,9 +1,11 @@
 """Experts own the thin maps A and B, and how a gate acts on the ranks between them."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from .base import in_out_features
 from .site import Site
@@ -34,15 +36,45 @@ class Experts(nn.Module, ABC):
         return trained * num_active // self.num_experts
 
 
-def over_ranks(gate: Tensor, rank: int) -> Tensor:
-    """gate (..., E), each weight once for each rank of its expert: (..., E r).
+class _Weighed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, z: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(z, gate)
+        return z * _over_ranks(gate, z)
 
-    As a product with ones and zeros: it is exact, and its backward pass is a product too, not a sum over short rows.
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, gate = ctx.saved_tensors
+        (dq,) = grads
+        dz = dgate = None
+        with torch.autocast(z.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                dz = dq * _over_ranks(gate, z)
+            if ctx.needs_input_grad[1]:
+                dgate = (dq * z).sum_to_size(*gate.shape[:-1], z.shape[-1]) @ _ones(gate, z).t()
+        return dz, dgate
+
+
+def weigh(z: Tensor, gate: Tensor) -> Tensor:
+    """z (..., E r) with the ranks of each expert times its weight. gate: (..., E), broadcasts over the tokens.
+
+    The weights are spread over the ranks by a product with ones and zeros: it is exact, and its backward pass is a
+    product too, not a sum over short rows. It is not kept for the backward pass, but done again.
     """
-    if rank == 1:
-        return gate
-    ones = torch.eye(gate.shape[-1], device=gate.device, dtype=gate.dtype).repeat_interleave(rank, 1)
-    return gate @ ones
+    gate = gate.to(z.dtype)
+    if gate.shape[-1] == z.shape[-1]:
+        return z * gate
+    return _Weighed.apply(z, gate) if torch.is_grad_enabled() else z * _over_ranks(gate, z)  # type: ignore[return-value]
+
+
+def _over_ranks(gate: Tensor, z: Tensor) -> Tensor:
+    return gate @ _ones(gate, z)
+
+
+def _ones(gate: Tensor, z: Tensor) -> Tensor:
+    """(E, E r): row e has ones where expert e has its ranks."""
+    num = gate.shape[-1]
+    return torch.eye(num, device=z.device, dtype=z.dtype).repeat_interleave(z.shape[-1] // num, 1)
 
 
 class Pairs(Experts):
@@ -68,7 +100,7 @@ class LoRAExperts(Pairs):
     def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
         if gate is None:
             return z
-        return z * over_ranks(gate.to(z.dtype), self.rank)
+        return weigh(z, gate)
 
 
 class TaskExperts(Experts):
@@ -89,7 +121,7 @@ class TaskExperts(Experts):
 
     def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
         assert gate is not None
-        return z * over_ranks(gate.to(z.dtype), self.rank)
+        return weigh(z, gate)
 
     @torch.no_grad()
     def put(self, task: int, a: Tensor, b: Tensor) -> None:

@@ -8,13 +8,13 @@ from torch.nn import functional as F
 
 from .base import in_out_features, runs_primitives, weight_of
 from .context import RouteContext
-from .experts import Experts
+from .dispatch import add_dispatched, pays
+from .experts import Experts, LoRAExperts
 from .gates import Gate
 from .kept import Kept, infers
 from .primitives import base_shrink, compute_dtype, expand_, thin_products, with_lora
 from .routers import Router
 from .site import Site
-
 
 BY_TASK = frozenset({"task"})
 MOST_KEPT = 8  # LoRAs that inference keeps of a layer whose gate the task decides
@@ -118,18 +118,23 @@ class MixtureLinear(Mixture):
     def forward(self, x: Tensor) -> Tensor:
         if infers():
             return self._infer(x)
-        a, rank, b = self._weights()
-        y, z = run(self.base, x, a)
-        q = self.mix(x, z, rank, self.site)
-        if self.scale != 1:  # on the smaller of the two
-            q, b = (q * self.scale, b) if q.numel() < b.numel() else (q, b * self.scale)
-        return add(self.base, y, q, b)
+        if pays(self.experts, self.gate, x, compute_dtype(x)):
+            return self._dispatched(x)
+        a, b = self._weights()
+        y, z = run(self.base, x, *a)
+        return add(self.base, y, self.mix(x, z, len(a[0]), self.site), b, self.scale)
 
-    def _weights(self) -> tuple[Tensor, int, Tensor]:
-        """A with the router's rows, how many rows are the experts', and B."""
-        a, b = self.experts.down(), self.experts.up(self.base)
-        rows = None if self.router is None else self.router.rows()
-        return (a if rows is None else torch.cat([a, rows])), len(a), b
+    def _dispatched(self, x: Tensor) -> Tensor:
+        assert self.router is not None and self.gate is not None and isinstance(self.experts, LoRAExperts)
+        rows = self.router.rows()
+        y, z = run(self.base, x, self.experts.lora_A[:0] if rows is None else rows)
+        k = self.gate.num_active(self.experts.num_experts)
+        return add_dispatched(y, x, self._weighed(x, z, self.site), self.experts, k, self.scale)
+
+    def _weights(self) -> tuple[list[Tensor], Tensor]:
+        """A and the router's rows, and B."""
+        a, rows = self.experts.down(), None if self.router is None else self.router.rows()
+        return ([a] if rows is None else [a, rows]), self.experts.up(self.base)
 
     def _infer(self, x: Tensor) -> Tensor:
         """The forward without gradients: what does not depend on x is computed once, as long as no weight changes."""
@@ -143,6 +148,8 @@ class MixtureLinear(Mixture):
                         loras.clear()
                     loras[task] = self._folded(task, dtype)
                 return apply_lora(self.base, x, *loras[task])
+        if pays(self.experts, self.gate, x, dtype):
+            return self._dispatched(x)
         a, rank, b = self._thin((dtype, parts), parts, lambda: self._in_inference(dtype))
         y, z = run(self.base, x, a)
         return add(self.base, y, self.mix(x, z, rank, self.site), b)
@@ -154,8 +161,8 @@ class MixtureLinear(Mixture):
         return a[used].to(dtype), b[used].to(dtype)
 
     def _in_inference(self, dtype: torch.dtype) -> tuple[Tensor, int, Tensor]:
-        a, rank, b = self._weights()
-        return a.to(dtype), rank, (self.scale * b).to(dtype)
+        a, b = self._weights()
+        return torch.cat(a).to(dtype), len(a[0]), (self.scale * b).to(dtype)
 
     def mix(self, x: Tensor, z: Tensor, rank: int, site: Site) -> Tensor:
         """The rank side without the scale: q = C(x, t) z, (..., R')."""
@@ -222,19 +229,24 @@ class MixtureLinear(Mixture):
         return 2 * (self.in_features * self.out_features + a.numel() + b.numel()) + router
 
 
-def run(base: nn.Module, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+def run(base: nn.Module, x: Tensor, *a: Tensor) -> tuple[Tensor, Tensor]:
     """The frozen layer's output (..., O) and the thin products x A' (..., R), by ``base_shrink`` where it may be.
 
-    a: (R, I), or (N, R, I) for N equal parts of x's first dimension.
+    a: one or more parts of A whose rows stand below each other, (R, I), or (N, R, I) for N equal parts of x's first
+    dimension.
     """
     if runs_primitives(base):
-        return base_shrink(x, weight_of(base), base._parameters["bias"], a)
-    return base(x), thin_products(x, a.to(compute_dtype(x)))  # quantised, sharded, wrapped, hooked: it runs as it is
+        return base_shrink(x, weight_of(base), base._parameters["bias"], *a)
+    return base(x), thin_products(
+        x, torch.cat(a, -2).to(compute_dtype(x))
+    )  # quantised, sharded, wrapped, hooked: it runs as it is
 
 
-def add(base: nn.Module, y: Tensor, q: Tensor, b: Tensor) -> Tensor:
-    """``y`` that ``run`` gave, and q B (..., O); in place where it may be. q: (..., R'); b: (R', O) or (N, R', O)."""
-    return expand_(y, q, b) if runs_primitives(base) else y + thin_products(q, b.mT.to(q.dtype)).to(y.dtype)
+def add(base: nn.Module, y: Tensor, q: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """``y`` that ``run`` gave, and scale q B; in place where it may be. q: (..., R'); b: (R', O) or (N, R', O)."""
+    if runs_primitives(base):
+        return expand_(y, q, b, scale)
+    return y + scale * thin_products(q, b.mT.to(q.dtype)).to(y.dtype)
 
 
 def apply_lora(base: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:

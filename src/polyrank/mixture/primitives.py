@@ -9,6 +9,7 @@ both products. Both are made of differentiable operations, so second derivatives
 matrices and the weight are cast down, activations never up; a 64-bit input stays what it is.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,43 +20,50 @@ from torch.nn import functional as F
 
 class _BaseShrink(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, weight, a)
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, *a: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight, *a)
         flat = x.reshape(-1, x.shape[-1])
         y = F.linear(flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         # autograd forbids changing a view among several outputs; aten's unsafe view is the same memory and no view
         y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
-        return y, thin_products(x, a)
+        return y, thin_products(x, _stacked(a, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a = ctx.saved_tensors
+        x, weight, *parts = ctx.saved_tensors
         dy, dz = grads
         dy = dy.reshape(-1, dy.shape[-1])
-        dx = da = None
+        dx, da = None, [None] * len(parts)
         with torch.autocast(x.device.type, enabled=False):  # the dtypes were settled in the forward
+            a = _stacked(parts, x.dtype)
             if ctx.needs_input_grad[0]:
                 dx = _add_products_((dy @ weight.to(dy.dtype)).view(x.shape), dz, a)
-            if ctx.needs_input_grad[3]:
-                da = _outer(dz, x, a)
-        return dx, None, None, da
+            if any(ctx.needs_input_grad[3:]):
+                da = _outer(dz, x, a).split([part.shape[-2] for part in parts], -2)
+                da = [one.to(part.dtype) for one, part in zip(da, parts, strict=True)]
+        return dx, None, None, *da
 
 
 class _Expand(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, y: Tensor, q: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, y: Tensor, q: Tensor, b: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(q, b)
+        ctx.scale = scale  # type: ignore[attr-defined]
         ctx.mark_dirty(y)
-        return _add_products_(y, q, b)
+        return _add_products_(y, q, b.to(y.dtype), scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, b = ctx.saved_tensors
         (dy,) = grads
-        with torch.autocast(dy.device.type, enabled=False):
-            dq = thin_products(dy, b) if ctx.needs_input_grad[1] else None
-            db = _outer(q, dy, b) if ctx.needs_input_grad[2] else None
-        return dy, dq, db
+        with torch.autocast(dy.device.type, enabled=False):  # the scale on what has the size of a weight
+            dq = thin_products(dy, (ctx.scale * b).to(dy.dtype)) if ctx.needs_input_grad[1] else None
+            db = ctx.scale * _outer(q, dy, b).to(b.dtype) if ctx.needs_input_grad[2] else None
+        return dy, dq, db, None
+
+
+def _stacked(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return a[0].to(dtype) if len(a) == 1 else torch.cat([part.to(dtype) for part in a], -2)
 
 
 def thin_products(x: Tensor, rows: Tensor) -> Tensor:
@@ -67,14 +75,14 @@ def thin_products(x: Tensor, rows: Tensor) -> Tensor:
     return z.view(*x.shape[:-1], rows.shape[-2])
 
 
-def _add_products_(y: Tensor, q: Tensor, rows: Tensor) -> Tensor:
-    """y + q rows in place: y (..., O), contiguous; q (..., R); rows (R, O) or (N, R, O)."""
+def _add_products_(y: Tensor, q: Tensor, rows: Tensor, scale: float = 1.0) -> Tensor:
+    """y + scale q rows in place: y (..., O), contiguous; q (..., R); rows (R, O) or (N, R, O)."""
     if rows.ndim == 3:
         parts = y.view(len(rows), -1, y.shape[-1])
-        parts.baddbmm_(q.reshape(*parts.shape[:2], q.shape[-1]), rows)
+        parts.baddbmm_(q.reshape(*parts.shape[:2], q.shape[-1]), rows, alpha=scale)
     else:
         flat = y.view(-1, y.shape[-1])
-        flat.addmm_(q.reshape(len(flat), q.shape[-1]), rows)
+        flat.addmm_(q.reshape(len(flat), q.shape[-1]), rows, alpha=scale)
     return y
 
 
@@ -95,22 +103,22 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def base_shrink(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor) -> tuple[Tensor, Tensor]:
+def base_shrink(x: Tensor, weight: Tensor, bias: Tensor | None, *a: Tensor) -> tuple[Tensor, Tensor]:
     """The frozen product and all thin products of ``x``.
 
     Args:
-        x: (..., I). weight: (O, I), frozen. bias: (O,) or None, frozen. a: (R, I), or (N, R, I) for N equal parts of
-            x's first dimension.
+        x: (..., I). weight: (O, I), frozen. bias: (O,) or None, frozen. a: one or more parts of A whose rows stand
+            below each other, (R, I), or (N, R, I) for N equal parts of x's first dimension. They are put together and
+            cast in here, so that nothing but the weights themselves is kept for the backward pass.
 
     Returns:
         y (..., O), contiguous and safe to change in place, and z (..., R), both in the compute dtype.
     """
-    dtype = compute_dtype(x)
+    x = x.to(compute_dtype(x))
     if not torch.is_grad_enabled():
-        x = x.to(dtype)
-        y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-        return y.contiguous(), thin_products(x, a.to(dtype))
-    return _BaseShrink.apply(x.to(dtype), weight, bias, a.to(dtype))  # type: ignore[return-value]
+        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return y.contiguous(), thin_products(x, _stacked(a, x.dtype))
+    return _BaseShrink.apply(x, weight, bias, *a)  # type: ignore[return-value]
 
 
 def with_lora(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -120,9 +128,12 @@ def with_lora(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tens
     return y
 
 
-def expand_(y: Tensor, q: Tensor, b: Tensor) -> Tensor:
-    """Add ``q b`` to ``y`` in place and return it. y: (..., O), contiguous; q: (..., R); b: (R, O) or (N, R, O)."""
-    q, b = q.to(y.dtype), b.to(y.dtype)
+def expand_(y: Tensor, q: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """Add ``scale q b`` to ``y`` in place and return it.
+
+    y: (..., O), contiguous; q: (..., R); b: (R, O) or (N, R, O).
+    """
+    q = q.to(y.dtype)
     if not torch.is_grad_enabled():  # the same product: without a graph, torch.compile cannot trace a change in place
-        return _add_products_(y, q, b)
-    return _Expand.apply(y, q, b)  # type: ignore[return-value]
+        return _add_products_(y, q, b.to(y.dtype), scale)
+    return _Expand.apply(y, q, b, scale)  # type: ignore[return-value]
