@@ -43,7 +43,7 @@ def test_the_arguments_of_the_adapted_layer():
 
 def test_import_brings_torch_and_little_else():
     """No transformers, no training, no command line on `import polyrank`."""
-    heavy = ("transformers", "accelerate", "torchmetrics", "typer", "yaml")
+    heavy = ("transformers", "accelerate", "torchmetrics", "typer", "yaml", "rich")
     program = f"import sys, polyrank; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

@@ -48,7 +48,7 @@ from ..mixture import (
     weight_of,
 )
 from ..svd import Factors
-from .base import STRICT, Method, factors_of
+from .base import STRICT, Method, singular_layers
 from .singular import SingularLinear
 
 Even = Annotated[int, Ge(2), MultipleOf(2)]
@@ -123,14 +123,13 @@ class MoORE(Method):
     """directions with sigma below rounding have no expert; "released" keeps them, and the change may leave Range(W)"""
 
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
-        layers: dict[str, Mixture] = {}
-        for name, base in sites.items():
+        def layer(base: nn.Module, factors: Factors) -> Mixture:
             weight = weight_of(base)
-            factors = factors_of(name, base, closed=self.null_directions == "closed")
             turn = Reflections(weight.shape[1], self.num_reflections, weight.device, adapter_dtype(base))
             router = _router(base, self.router, len(tasks), self.task_dim, self.router_dim, len(factors.sigma))
-            layers[name] = SingularLinear(base, factors, turn, router)
-        return layers
+            return SingularLinear(base, factors, turn, router)
+
+        return singular_layers(sites, layer, closed=self.null_directions == "closed")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -151,13 +150,11 @@ class MoORETopK(Method):
     """as in MoORE"""
 
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
-        layers: dict[str, Mixture] = {}
-        for name, base in sites.items():
-            weight = weight_of(base)
-            factors = factors_of(name, base, closed=True).first(self.k)
+        def layer(base: nn.Module, factors: Factors) -> Mixture:
+            weight, top = weight_of(base), factors.first(self.k)
             turn = Reflections(weight.shape[1], self.num_reflections, weight.device, adapter_dtype(base))
-            router = _router(base, self.router, len(tasks), self.task_dim, self.router_dim, len(factors.sigma))
-            layers[name] = MixtureLinear(
-                base, experts=SingularDirections(factors, turn), router=router, gate=Correction(factors.sigma)
-            )
-        return layers
+            router = _router(base, self.router, len(tasks), self.task_dim, self.router_dim, len(top.sigma))
+            experts, gate = SingularDirections(top, turn), Correction(top.sigma)
+            return MixtureLinear(base, experts=experts, router=router, gate=gate)
+
+        return singular_layers(sites, layer, closed=True)
