@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .files import Fingerprint, difference, read_folder
 from .methods import Method
-from .mixture import Mixture, MixtureLinear, Site, TaskExperts, TaskTable
+from .mixture import LowRankMixture, Mixture, Site, TaskExperts, TaskTable
 from .saving import copy_weights, load_frozen, method_from
 
 
@@ -91,6 +91,6 @@ def put_experts(layers: Mapping[str, Mixture], bank: Mapping[int, Mapping[str, t
     for task, loras in bank.items():
         for name, (a, b) in loras.items():
             layer = layers[name]
-            if not isinstance(layer, MixtureLinear) or not isinstance(layer.experts, TaskExperts):
+            if not isinstance(layer, LowRankMixture) or not isinstance(layer.experts, TaskExperts):
                 raise ValueError(f"{name}: this method has no bank of one expert for each task: take MoA or X-LoRA")
             layer.experts.put(task, a, b / layer.scale)

@@ -121,6 +121,8 @@ class SingularLinear(Mixture):
 class SingularDirections(Experts):
     """The k largest singular directions beside W, and W's own correction by P."""
 
+    cancels = True  # at the start P = I only with all reflections
+
     def __init__(self, factors: Factors, reflections: Reflections) -> None:
         super().__init__()
         self.num_experts, self.reflections = len(factors.sigma), reflections

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from ..mixture import (
     Gate,
     LoRAExperts,
+    LowRankMixture,
     Mixture,
     MixtureLinear,
     Note,
@@ -157,7 +158,7 @@ class MoRE(Method):
 
 def selected_ranks(layers: Mapping[str, Mixture]) -> dict[str, list[int]]:
     """The rank of each task, in the order of the tasks, by layer name. Layers of other methods are passed over."""
-    selectors = {name: layer.router for name, layer in layers.items() if isinstance(layer, MixtureLinear)}
+    selectors = {name: layer.router for name, layer in layers.items() if isinstance(layer, LowRankMixture)}
     return {
         name: (router.logits().argmax(-1) + 1).tolist()
         for name, router in selectors.items()

@@ -42,6 +42,7 @@ from .gates import (
     Watched as Watched,
 )
 from .linear import (
+    LowRankMixture as LowRankMixture,
     Mixture as Mixture,
     MixtureLinear as MixtureLinear,
     add as add,

@@ -92,7 +92,7 @@ class Mixture(nn.Module, ABC):
             )
 
 
-class MixtureLinear(Mixture):
+class LowRankMixture(Mixture, ABC):
     """A frozen linear layer and a gated mixture of low-rank experts beside it."""
 
     def __init__(
@@ -112,8 +112,14 @@ class MixtureLinear(Mixture):
         rank, rows = len(a), None if self.router is None else self.router.rows()
         if rows is not None:
             a = torch.cat([a, rows])
-        y, z = run(self.base, x, a)
+        y, z = self.shrink(x, a, rank)
         return add(self.base, y, self.mix(x, z, rank, self.site), self.experts.up(self.base))
+
+    @abstractmethod
+    def shrink(self, x: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """The frozen product (..., O) and the thin products (..., R + n): ``rank`` R rows of a are the experts', n a
+        router's.
+        """
 
     def mix(self, x: Tensor, z: Tensor, rank: int, site: Site) -> Tensor:
         """The rank side: q = s C(x, t) z, (..., R')."""
@@ -164,6 +170,13 @@ class MixtureLinear(Mixture):
         a, b = self.experts.down(), self.experts.up(self.base)
         router = 0 if self.router is None else self.router.flops_per_token()
         return 2 * (self.in_features * self.out_features + a.numel() + b.numel()) + router
+
+
+class MixtureLinear(LowRankMixture):
+    """The formula as it stands: experts and router read the layer's input."""
+
+    def shrink(self, x: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        return run(self.base, x, a)
 
 
 def run(base: nn.Module, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
