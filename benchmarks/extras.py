@@ -1,9 +1,10 @@
-"""What dropout costs: the time of a training step on one layer, 768 x 768, 1024 tokens.
+"""What dropout and activation checkpointing cost: the time of a training step on one layer, 768 x 768, 1024 tokens.
 
     python benchmarks/extras.py --threads 1
 
-As the ratio to the same method without it. All candidates of a row run in turn in one process, each round in another
-order; medians (quartiles) of the ratios within a round are printed.
+Dropout as the ratio to the same method without it. Checkpointing as the ratio to the same method without it, of
+mixtures beside a LoRA of as many ranks: a router should not make the recomputation dearer. All candidates of a table
+run in turn in one process, each round in another order; medians (quartiles) of the ratios within a round are printed.
 """
 
 import argparse
@@ -13,21 +14,34 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median, quantiles
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from polyrank import METHODS, Method, adapt
-from polyrank.methods import Dropout
+from polyrank import LoRA, Method, adapt
+from polyrank.methods import METHODS, Dropout, LoRAMoE, MoLA
 
 WIDTH, TOKENS, P = 768, 1024, 0.05
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Step = Callable[[], None]
 
 
-def step_of(method: Method, dtype: torch.dtype) -> Step:
+class Block(nn.Module):
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        self.layer, self.checkpointed, self.context_fn = nn.Linear(WIDTH, WIDTH), checkpointed, noop_context_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.checkpointed:
+            return self.layer(x)
+        return checkpoint(self.layer, x, use_reentrant=False, context_fn=self.context_fn)
+
+
+def step_of(method: Method, dtype: torch.dtype, checkpointed: bool = False) -> Step:
     """A training step on a frozen layer of ``dtype``, whose input needs a gradient as it does inside a model."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(WIDTH, WIDTH)).to(dtype)
-    adapter = adapt(net, method, tasks=["a"])
+    net = Block(checkpointed).to(dtype)
+    adapter = adapt(net, method, tasks=["a"], targets=["layer"])
+    net.context_fn = adapter.context.replay
     optimizer = torch.optim.AdamW(adapter.param_groups(1e-3))
     x = torch.randn(8, TOKENS // 8, WIDTH, dtype=dtype).requires_grad_()
 
@@ -77,6 +91,26 @@ def dropout(rounds: int) -> None:
             print(f"| `{of['name']}` | {name} | {ms:.1f} | {ratios[0]} | {ratios[1]} |", flush=True)
 
 
+def checkpointing(rounds: int) -> None:
+    methods = {
+        "`lora` r64": LoRA(rank=64),
+        "`loramoe` E8 r8": LoRAMoE(num_experts=8, rank=8),
+        "`mola` E8 r8 k2": MoLA(num_experts=(8,), rank=8),
+    }
+    print("\n| method | dtype | ms plain | checkpointed / plain | beside `lora`'s |\n|---|---|---|---|---|")
+    for kind, dtype in DTYPES.items():
+        steps = {f"{name}{on}": step_of(method, dtype, on) for name, method in methods.items() for on in (False, True)}
+        found = seconds(steps, rounds)
+        own = {
+            name: [on / off for on, off in zip(found[f"{name}True"], found[f"{name}False"], strict=True)]
+            for name in methods
+        }
+        for name in methods:
+            ms = 1000 * median(found[f"{name}False"])
+            itself = ratio(found[f"{name}True"], found[f"{name}False"])
+            print(f"| {name} | {kind} | {ms:.1f} | {itself} | {ratio(own[name], own['`lora` r64'])} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
@@ -84,6 +118,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     dropout(given.rounds)
+    checkpointing(given.rounds)
 
 
 if __name__ == "__main__":
