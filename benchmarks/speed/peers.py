@@ -31,7 +31,7 @@ def frozen_linear(inputs: int, outputs: int, dtype: torch.dtype) -> nn.Linear:
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """No B of zeros: PEFT's and ours start there, and products with zeros are not slower, but gradients would vanish."""
+    """No B of zeros, where PEFT's and ours start."""
     with torch.no_grad():
         for p in module.parameters():
             if p.requires_grad:

@@ -6,6 +6,7 @@ from .base import Method as Method
 from .c_lorae import CLoRAE as CLoRAE
 from .conditional_mixlora import ConditionalMixLoRA as ConditionalMixLoRA
 from .dora import DoRA as DoRA
+from .dropout import Dropout as Dropout
 from .emtal import EMTAL as EMTAL
 from .faded import Faded as Faded
 from .fgmoe import FGMoE as FGMoE
@@ -71,6 +72,7 @@ METHODS: dict[str, type[Method]] = {
     "mixlora": MixLoRA,
     "emtal": EMTAL,
     "faded": Faded,
+    "dropout": Dropout,
     "fgmoe": FGMoE,
     "smola": SMoLA,
     "xlora": XLoRA,

@@ -65,6 +65,8 @@ def _router(base: nn.Module, level: Level, num_tasks: int, task_dim: int, router
 class SingularDirections(Experts):
     """The k largest singular directions beside W, and W's own correction by P."""
 
+    cancels = True  # at the start P = I only with all reflections
+
     def __init__(self, factors: Factors, reflections: Reflections) -> None:
         super().__init__()
         self.num_experts, self.reflections = len(factors.sigma), reflections

@@ -36,6 +36,7 @@ from ..mixture import (
     Gate,
     Kept,
     LoRAExperts,
+    LowRankMixture,
     Mixture,
     MixtureLinear,
     Note,
@@ -162,7 +163,7 @@ class MoRE(Method):
 
 def selected_ranks(layers: Mapping[str, Mixture]) -> dict[str, list[int]]:
     """The rank of each task, in the order of the tasks, by layer name. Layers of other methods are passed over."""
-    selectors = {name: layer.router for name, layer in layers.items() if isinstance(layer, MixtureLinear)}
+    selectors = {name: layer.router for name, layer in layers.items() if isinstance(layer, LowRankMixture)}
     return {
         name: (router.logits().argmax(-1) + 1).tolist()
         for name, router in selectors.items()

@@ -17,6 +17,7 @@ class Experts(nn.Module, ABC):
 
     num_experts: int
     reads: frozenset[str] = frozenset()  # beside what the router reads: "task" where the experts have parts of a task
+    cancels = False  # whether ranks start as a difference that is zero only with all of them: none may be left out
 
     @abstractmethod
     def down(self) -> Tensor:
@@ -173,6 +174,8 @@ class SingularExperts(Experts):
 
     y = W x + s (B A - B_0 A_0) x equals (W - s B_0 A_0) x + s B A x, and starts as the base.
     """
+
+    cancels = True
 
     def __init__(self, base: nn.Module, u: Tensor, sigma: Tensor, vt: Tensor, scale: float) -> None:
         """A_0 = sqrt(sigma / s) vt and B_0 = u sqrt(sigma / s), for u (O, R), sigma (R,), vt (R, I)."""
