@@ -180,3 +180,28 @@ class ReleasedMoORE(nn.Module):
             h = h - 2 * (h @ unit) @ unit.t()
         weights = F.relu(self.sigma + offset)
         return ((h.to(x.dtype) @ self.v) * weights) @ self.u.t()
+
+
+class NaiveMixLoRA(nn.Module):
+    """MixLoRA as its released code runs it: each expert's tokens by index, through the frozen down projection again."""
+
+    def __init__(self, mlp: nn.Module, num_experts: int, rank: int, k: int) -> None:
+        super().__init__()
+        self.mlp, self.k = mlp, k
+        self.router = nn.Linear(mlp.up_proj.in_features, num_experts, bias=False, dtype=mlp.up_proj.weight.dtype)
+        parts = (mlp.up_proj, mlp.gate_proj, mlp.down_proj)
+        self.loras = nn.ModuleList(nn.ModuleList(Expert(part, rank) for part in parts) for _ in range(num_experts))
+        randomised(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mlp, flat = self.mlp, x.reshape(-1, x.shape[-1])
+        best = self.router(flat).float().softmax(-1).topk(self.k, -1)
+        weights = (best.values / best.values.sum(-1, keepdim=True)).to(x.dtype)
+        up, gate, out = mlp.up_proj(flat), mlp.gate_proj(flat), torch.zeros_like(flat)
+        for i, (of_up, of_gate, of_down) in enumerate(self.loras):
+            rows, slot = (best.indices == i).nonzero(as_tuple=True)
+            own = flat[rows]
+            hidden = mlp.act_fn(gate[rows] + of_gate(own)) * (up[rows] + of_up(own))
+            y = mlp.down_proj(hidden) + of_down(hidden)
+            out = out.index_add(0, rows, y * weights[rows, slot].unsqueeze(-1))
+        return out.view_as(x)

@@ -124,7 +124,8 @@ def base_shrink(x: Tensor, weight: Tensor, bias: Tensor | None, *a: Tensor) -> t
 def with_lora(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """x W' + b + (x A') B without a graph, in as few calls as there can be; a and b in the compute dtype."""
     y = F.linear(x, weight, bias)
-    y.view(-1, y.shape[-1]).addmm_(F.linear(x, a).view(-1, len(a)), b)
+    tokens = x.numel() // x.shape[-1]
+    y.view(tokens, -1).addmm_(F.linear(x, a).view(tokens, len(a)), b)  # there may be no rank
     return y
 
 
