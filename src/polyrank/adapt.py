@@ -122,6 +122,21 @@ class Adapter:
         notes, self.context.notes = self.context.notes, {}
         return self.method.losses(notes)
 
+    @property
+    def has_losses(self) -> bool:
+        """Whether ``losses`` may find any."""
+        return self.method.has_losses
+
+    @property
+    def mixes_samples(self) -> bool:
+        """Whether a sample's output depends on its neighbours, by a gate or, in training, by a norm over batches."""
+        norms = [m.training for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        return any(norms) or any("batch" in layer.reads for layer in self.layers.values())
+
+    def unheard(self) -> AbstractContextManager[None]:
+        """Forwards in the block leave nothing for ``losses`` and count nothing: another of the same samples does."""
+        return self.context.unheard()
+
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, object]]:
         self._in_place()
         return self.method.param_groups(self.layers, lr, weight_decay)

@@ -118,7 +118,8 @@ class Apart(Pass):
         every = [*self.shared, *self.others]
         for task in present:
             loss = sums[task] / self.counts[task]
-            grads = torch.autograd.grad(loss, every, retain_graph=True, allow_unused=True)
+            again = task != present[-1] or auxiliary.requires_grad
+            grads = torch.autograd.grad(loss, every, retain_graph=again, allow_unused=True)
             for stack, grad in zip(self.stacks, grads, strict=False):
                 if grad is not None:
                     stack[task] += grad

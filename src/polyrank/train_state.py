@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,11 @@ class Trainable(Protocol):
     """What the loop needs of an adapter."""
 
     def losses(self) -> dict[str, Tensor]: ...
+    @property
+    def has_losses(self) -> bool: ...
+    @property
+    def mixes_samples(self) -> bool: ...
+    def unheard(self) -> AbstractContextManager[None]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]: ...
     @property

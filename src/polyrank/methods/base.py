@@ -57,6 +57,11 @@ class Method(ABC):
         """The share of the training after which the layers are what they will be: no earlier state is the best one."""
         return 0.0
 
+    @property
+    def has_losses(self) -> bool:
+        """Whether ``losses`` may find any."""
+        return type(self).losses is not Method.losses
+
     @abstractmethod
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
         """One layer for each site: name -> frozen linear layer, or ``FeedForward``. The model is not changed yet."""

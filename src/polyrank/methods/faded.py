@@ -98,6 +98,10 @@ class Faded(Method):
     def settles(self) -> float:
         return self.fade[1]
 
+    @property
+    def has_losses(self) -> bool:
+        return self.method.has_losses
+
     def bank(self) -> Method | None:
         return self.method.bank()
 

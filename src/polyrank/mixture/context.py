@@ -32,7 +32,7 @@ class RouteContext:
         self._active: Route | None = None
         self._outer: list[Route | None] = []  # of a root forward inside another
         self._pinned: Route | None = None
-        self._replaying = False
+        self._replaying, self._heard = False, True
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (self.tasks, self.arguments)  # a copied or pickled model gets no graph tensors of this one
@@ -56,6 +56,7 @@ class RouteContext:
         route.task_ids = self.checked(task_ids, route.batch) if task_ids is not None else pinned and pinned.task_ids
         route.prompt = pinned.prompt if pinned is not None else None
         route.modality_ids = modality_ids
+        route.heard = self._heard
         self._active = route
         return args, kwargs
 
@@ -75,6 +76,15 @@ class RouteContext:
             yield
         finally:
             self._pinned, self._active, self._outer = before
+
+    @contextmanager
+    def unheard(self) -> Iterator[None]:
+        """The root's forwards inside the block leave no notes and count nothing, recomputations of them included."""
+        before, self._heard = self._heard, False
+        try:
+            yield
+        finally:
+            self._heard = before
 
     def replay(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """``context_fn`` of ``torch.utils.checkpoint``: the recomputed layers see the route of their own forward."""

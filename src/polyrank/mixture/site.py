@@ -67,7 +67,8 @@ class Site:
     @property
     def listens(self) -> bool:
         """Whether notes are worth leaving: only a forward of the whole model that will be differentiated has losses."""
-        return torch.is_grad_enabled() and self.context.route.batch is not None
+        route = self.context.route
+        return torch.is_grad_enabled() and route.batch is not None and route.heard
 
     @property
     def replays(self) -> bool:
