@@ -16,6 +16,7 @@ from .blocks import Block, group
 from .files import Fingerprint, checked_name, difference, fingerprint, read_folder, write_folder
 from .joining import put_experts, saved_loras, task_parts, with_task
 from .methods import Method
+from .methods.base import Hears
 from .mixture import Mixture, RouteContext, Site
 from .places import Places, merge_into_bases
 from .saving import copy_weights, frozen_parts, load_frozen, method_fields, method_from, named_weights, projection
@@ -123,9 +124,9 @@ class Adapter:
         return self.method.losses(notes)
 
     @property
-    def has_losses(self) -> bool:
-        """Whether ``losses`` may find any."""
-        return self.method.has_losses
+    def hears(self) -> Hears:
+        """What ``losses`` looks at: nothing, sums over the samples of a forward, or its batch as a whole."""
+        return self.method.hears
 
     @property
     def mixes_samples(self) -> bool:
@@ -136,6 +137,10 @@ class Adapter:
     def unheard(self) -> AbstractContextManager[None]:
         """Forwards in the block leave nothing for ``losses`` and count nothing: another of the same samples does."""
         return self.context.unheard()
+
+    def adding(self) -> AbstractContextManager[None]:
+        """After the block, ``losses`` are those of all its forwards together, if ``hears`` is "sums"."""
+        return self.context.adding()
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, object]]:
         self._in_place()

@@ -27,6 +27,7 @@ class Found:
     objective: Tensor  # S_t and what is added to it, (T,), with the graph
     auxiliary: Tensor  # the method's own losses, (), with their graph
     present: list[int]  # the tasks that have labels in it
+    again: bool = False  # whether a later one needs this one's graph
 
 
 class Forwards(ABC):
@@ -69,29 +70,39 @@ class Whole(Forwards):
 class TaskByTask(Forwards):
     """One forward of each task's samples, where samples are computed without each other and it is less work.
 
-    A method's own losses look at all samples together. They take one more forward and backward pass of all, to which
-    the tasks' forwards leave no notes: twice the work of an ordinary step, whatever the number of tasks.
+    A method's own losses look at all samples. Where they look at sums over samples, those of the tasks are added, all
+    graphs are kept, and the losses go backward through them once more. Else the losses take one more forward of all, to
+    which the tasks' forwards add no notes.
     """
 
     def of(self, batch: Batch, counts: Tensor) -> Iterator[Found]:
-        heard = self.adapter.has_losses
-        # passes through all samples: with one forward, 1 and one for each task (and the method's losses); apart, 2 (4)
-        if self.adapter.mixes_samples or int((counts > 0).sum()) <= (2 if heard else 1):
+        hears, live = self.adapter.hears, int((counts > 0).sum())
+        # forward and backward passes of all samples, those of the method's losses left out where both ways have them:
+        # 1 + live in one forward; apart 2, or 3 with one more forward
+        if self.adapter.mixes_samples or live <= (2 if hears == "batch" else 1):
             yield replace(self.run(batch, counts), auxiliary=self.auxiliary())
             return
-        if heard:
-            yield self._of_the_method(batch)
-        for part in batch.by_task([task.name for task in self.model.tasks]):
-            with self.adapter.unheard() if heard else nullcontext():
-                found = self.run(part, counts)
-            yield found
+        parts = batch.by_task([task.name for task in self.model.tasks])
+        if hears == "sums":
+            with self.adapter.adding():
+                found = [self.run(part, counts) for part in parts]
+            auxiliary = self.auxiliary()
+            yield from (replace(one, again=auxiliary.requires_grad) for one in found)
+            yield self._only(auxiliary)
+            return
+        if hears == "batch":
+            with autocast(self.model.device, self.precision):
+                self.model(batch.inputs, batch.task_ids)
+            yield self._only(self.auxiliary())
+        for part in parts:
+            with self.adapter.unheard() if hears == "batch" else nullcontext():
+                one = self.run(part, counts)
+            yield one
 
-    def _of_the_method(self, batch: Batch) -> Found:
-        """Of all samples, the method's own losses alone."""
-        with autocast(self.model.device, self.precision):
-            self.model(batch.inputs, batch.task_ids)
+    def _only(self, auxiliary: Tensor) -> Found:
+        """The method's own losses, of no task."""
         none = self._no_loss().expand(len(self.model.tasks))
-        return Found(none, none, self.auxiliary(), [])
+        return Found(none, none, auxiliary, [])
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

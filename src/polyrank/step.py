@@ -70,7 +70,7 @@ def backward(
     for batch, here in zip(batches, counts[1:], strict=True):
         for found in forwards.of(batch, here):
             auxiliary = found.auxiliary / parts
-            how.add(found.objective, auxiliary, found.present)
+            how.add(found.objective, auxiliary, found.present, found.again)
             sums += found.sums
             extra += auxiliary.detach()
     sums, extra = total(sums, accelerator), total(extra, accelerator)

@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..mixture import Around, Gate, Mixture, MixtureLinear, Note, Site, place
-from .base import NOT_FADED, STRICT, Method, check_fade, share_left
+from .base import NOT_FADED, STRICT, Hears, Method, check_fade, share_left
 
 
 class Fading(Around):
@@ -99,8 +99,8 @@ class Faded(Method):
         return self.fade[1]
 
     @property
-    def has_losses(self) -> bool:
-        return self.method.has_losses
+    def hears(self) -> Hears:
+        return self.method.hears
 
     def bank(self) -> Method | None:
         return self.method.bank()

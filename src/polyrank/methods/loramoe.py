@@ -20,7 +20,7 @@ Deviations from the released code:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -68,6 +68,7 @@ class Localized(Gate):
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoRAMoE(Method):
     SIZE: ClassVar[str] = "num_experts * (rank * (I + O) + I)"
+    NOTES: ClassVar[Literal["sums"]] = "sums"
 
     num_experts: PositiveInt = 8
     """N"""
