@@ -12,7 +12,6 @@ in memory, in units of the adapter's weights.
 
 import argparse
 import time
-from collections.abc import Sequence
 from statistics import median
 
 import torch
@@ -92,17 +91,18 @@ def row(method: str, num_tasks: int, size: int, rounds: int) -> list[str]:
     batch = batch_of(num_tasks, size, model.backbone.config.vocab_size)
     known = Known(1 / model.counts(batch.labels).float() / num_tasks)
     step(Whole, known, model, adapter, batch)
-    seconds: list[Sequence[float]] = []
+    seconds: list[list[float]] = []
+    new, old = apart(model, adapter, batch), apart(model, adapter, batch)
     for turn in range(rounds):
-        ways = [(Whole, known), (TaskByTask, apart(model, adapter, batch)), (Whole, apart(model, adapter, batch))]
+        new, old = apart(model, adapter, batch), apart(model, adapter, batch)
+        ways: list[tuple[type[Forwards], Pass]] = [(Whole, known), (TaskByTask, new), (Whole, old)]
         order = range(3) if turn % 2 else range(2, -1, -1)
-        times = {i: step(*ways[i], model, adapter, batch) for i in order}
+        times = {i: step(ways[i][0], ways[i][1], model, adapter, batch) for i in order}
         seconds.append([times[i] for i in range(3)])
-        new, old = (gradients(way[1]) for way in ways[1:] if isinstance(way[1], Apart))
     exact, exact_adapter = ready(method, num_tasks, torch.float64)
     right = apart(exact, exact_adapter, batch)
     step(TaskByTask, right, exact, exact_adapter, batch)
-    true = gradients(right)
+    first, last, true = gradients(new), gradients(old), gradients(right)
     weights = sum(p.numel() for p in adapter.parameters())
     kept = sum(stack.numel() for stack in right.stacks) / weights
     ratio, before = (median(times[i] / times[0] for times in seconds) for i in (1, 2))
@@ -112,8 +112,8 @@ def row(method: str, num_tasks: int, size: int, rounds: int) -> list[str]:
         f"{median(times[0] for times in seconds):.2f}",
         f"{ratio:.2f}",
         f"{before:.2f}",
-        f"{difference(new, old):.1e}",
-        f"{difference(new, true):.1e} / {difference(old, true):.1e}",
+        f"{difference(first, last):.1e}",
+        f"{difference(first, true):.1e} / {difference(last, true):.1e}",
         f"{weights:,}",
         f"{kept:.1f}",
     ]

@@ -142,7 +142,7 @@ def test_which_way_is_taken(method, picks, want):
 def test_a_norm_of_batches_keeps_the_batch_together():
     model, adapter, _ = ready(LoRA(rank=2))
     norm = nn.BatchNorm1d(16).double()
-    model.backbone.encoder.add_module("norm", norm)
+    model.backbone.add_module("norm", norm)
     assert adapter.mixes_samples
     norm.eval()
     assert not adapter.mixes_samples

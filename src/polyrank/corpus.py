@@ -25,12 +25,13 @@ class Batch:
 
     def by_task(self, names: Sequence[str]) -> "list[Batch]":
         """A batch for each task that occurs; names: of all tasks. The padding stays: each row is computed as it was."""
-        found = []
-        for task in self.task_ids.unique().tolist():
+        parts = []
+        for task, name in enumerate(names):
             rows = (self.task_ids == task).nonzero().squeeze(1)
-            inputs = {key: x if key in OF_THE_BATCH else x[rows] for key, x in self.inputs.items()}
-            found.append(Batch(inputs, self.task_ids[rows], {names[task]: self.labels[names[task]]}))
-        return found
+            if len(rows):
+                inputs = {key: x if key in OF_THE_BATCH else x[rows] for key, x in self.inputs.items()}
+                parts.append(Batch(inputs, self.task_ids[rows], {name: self.labels[name]}))
+        return parts
 
 
 class Corpus:

@@ -20,7 +20,7 @@ Deviations from the released code:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -68,7 +68,7 @@ class Localized(Gate):
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoRAMoE(Method):
     SIZE: ClassVar[str] = "num_experts * (rank * (I + O) + I)"
-    NOTES: ClassVar[Literal["sums"]] = "sums"
+    NOTES = "sums"
 
     num_experts: PositiveInt = 8
     """N"""

@@ -17,7 +17,7 @@ Reconstruction: the paper's text and code were not found; the forward is that of
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -69,7 +69,7 @@ class SubspaceExperts(Experts):
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MALoRA(Method):
     SIZE: ClassVar[str] = "subspace * I + num_experts * (rank * (subspace + O) + I)"
-    NOTES: ClassVar[Literal["sums"]] = "sums"
+    NOTES = "sums"
 
     num_experts: PositiveInt = 8
     """N"""

@@ -16,7 +16,7 @@ Reconstruction: the code that was read is another group's (MoE-PEFT), with one n
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Self
 
 from annotated_types import MinLen
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -30,7 +30,7 @@ from .base import STRICT, Method, balance_loss, balanced_top_k
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MoLA(Method):
     SIZE: ClassVar[str] = "num_experts[l * len(num_experts) // L] * (rank * (I + O) + I)"
-    NOTES: ClassVar[Literal["sums"]] = "sums"
+    NOTES = "sums"
 
     num_experts: Annotated[tuple[PositiveInt, ...], MinLen(1)] = (2, 4, 6, 8)
     """E for each group of layers, from the first to the last; (8,) is the same everywhere"""

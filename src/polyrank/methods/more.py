@@ -121,7 +121,7 @@ class Nested(Gate):
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MoRE(Method):
     SIZE: ClassVar[str] = "rank * (I + O) + T * I + rank * (I + 1)"
-    NOTES: ClassVar[Literal["sums"]] = "sums"
+    NOTES = "sums"
 
     rank: PositiveInt = 8
     """R, the largest rank"""
