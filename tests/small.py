@@ -12,6 +12,7 @@ from polyrank.methods import (
     CLoRAE,
     ConditionalMixLoRA,
     DoRA,
+    Dropout,
     Faded,
     FGMoE,
     HydraLoRA,
@@ -33,11 +34,12 @@ from polyrank.methods import (
     RsLoRA,
     SMoLA,
     SMoRA,
+    TaskLoRA,
     TeamLoRA,
     VBLoRA,
     XLoRA,
 )
-from polyrank.mixture import MixtureLinear, TaskExperts
+from polyrank.mixture import LowRankMixture, TaskExperts
 
 TASKS = ("a", "b", "c")
 IDS = torch.tensor([0, 2, 1, 2])
@@ -69,6 +71,7 @@ METHODS: dict[str, Method] = {
     "multilora": MultiLoRA(num_experts=3, rank=2, alpha=4),
     "vb_lora": VBLoRA(rank=3, num_vectors=7, vector_length=2, bank_bound=0.3, logits_std=0.5),
     "adalora": AdaLoRA(init_rank=4, target_rank=2, alpha=40, begin=0.2, end=0.6, orthogonality=0.5),
+    "task_lora": TaskLoRA(rank=2, alpha=4),
     "mtl_lora": MTLLoRA(num_experts=3, rank=2, alpha=4, temperature=0.5),
     "mtl_lora-diagonal": MTLLoRA(num_experts=3, rank=2, alpha=4, temperature=0.5, transform="diagonal"),
     "moelora": MOELoRA(num_experts=2, rank=4, alpha=8, task_dim=5),
@@ -99,6 +102,8 @@ METHODS: dict[str, Method] = {
     "emtal-released": EMTAL(num_experts=4, rank=2, alpha=4, fade=(0.5, 1), start="released"),
     "fgmoe": FGMoE(num_experts=8, k=2, num_shared=1, rank=2, alpha=4),
     "faded": Faded(of={"name": "hydralora", "num_experts": 3, "rank": 2, "alpha": 4}, fade=(0.5, 1)),
+    "dropout": Dropout(of={"name": "hydralora", "num_experts": 3, "rank": 2, "alpha": 4}, p=0.3),
+    "dropout-input": Dropout(of={"name": "mtl_lora", "num_experts": 3, "rank": 2, "alpha": 4}, p=0.3, at="input"),
     "smola": SMoLA(num_experts=3, slots=2, rank=2, alpha=4),
     "xlora": XLoRA(rank=2, alpha=4, temperature=0.5),
     "xlora-top": XLoRA(rank=2, alpha=4, k=2, hidden=5),
@@ -113,13 +118,29 @@ READS: dict[str, frozenset[str]] = {
     **dict.fromkeys(["lora", "rslora", "dora", "pissa", "milora", "moslora", "melora", "multilora"], frozenset()),
     **dict.fromkeys(["vb_lora", "adalora"], frozenset()),
     **dict.fromkeys(["moore-task", "moore_topk-task", "more", "more-none", "more-released"], TASK),
-    **dict.fromkeys(["mtl_lora", "mtl_lora-diagonal", "moelora", "moelora-layer", "poly", "poly-splits"], TASK),
+    **dict.fromkeys(
+        [
+            "task_lora",
+            "mtl_lora",
+            "mtl_lora-diagonal",
+            "moelora",
+            "moelora-layer",
+            "poly",
+            "poly-splits",
+            "dropout-input",
+        ],
+        TASK,
+    ),
     **dict.fromkeys(["moore-token", "moore-released", "moore_topk-token", "c_lorae"], frozenset({"task", "token"})),
     **dict.fromkeys(["ase", "ase-baseline", "ase-renormalised", "ase-naive_shared"], frozenset({"task", "token"})),
     **dict.fromkeys(["moore-sample", "moore_topk-sample", "moa"], frozenset({"task", "sample"})),
     **dict.fromkeys(["hydralora", "loramoe", "loramoe-kinds", "mola", "malora", "mode", "mode-block"], TOKEN),
     **dict.fromkeys(["smora", "smora-softmax", "smora-biased", "teamlora", "omoe", "omoe-unit"], TOKEN),
-    **dict.fromkeys(["mixlora", "mixlora-top_p", "mixlora-switch", "emtal", "emtal-released", "faded"], TOKEN),
+    **dict.fromkeys(
+        ["mixlora", "mixlora-top_p", "mixlora-switch", "emtal", "emtal-released", "faded", "dropout"], TOKEN
+    ),
+    "dropout": TOKEN,
+    "dropout-input": TASK,
     "fgmoe": frozenset({"task", "token"}),
     **dict.fromkeys(["xlora", "xlora-top"], TOKEN),
     **dict.fromkeys(["same", "same-parameters"], TOKEN),
@@ -132,7 +153,7 @@ TASKLESS = {name for name, reads in READS.items() if "task" not in reads}
 FULL_RANK = {"moore-task", "dora"}  # merges, but its delta is no LoRA
 NOT_THE_BASE = {"omoe-unit", "vb_lora", "mixlora-top_p", "mixlora-switch", "emtal-released"}  # at step 0
 BY_BATCH = {name for name, reads in READS.items() if "batch" in reads}  # a sample depends on its neighbours
-NOISY = (Poly,)  # in training
+NOISY = (Poly, Dropout)  # in training
 TWO_FORWARDS = {"xlora", "xlora-top"}  # the base model runs once more, before: their layers do nothing alone
 BANKED = {"xlora", "xlora-top"}  # of LoRAs that are given and frozen: with none they are the base, and learn nothing
 
@@ -212,7 +233,7 @@ def fill_bank(adapter: Adapter) -> None:
     """LoRAs for a method that is given them; nothing for the others."""
     generator = torch.Generator().manual_seed(6)
     for layer in adapter.layers.values():
-        if isinstance(layer, MixtureLinear) and isinstance(layer.experts, TaskExperts):
+        if isinstance(layer, LowRankMixture) and isinstance(layer.experts, TaskExperts):
             for p in layer.experts.parameters():
                 if not p.requires_grad:
                     p.add_(0.3 * torch.randn(p.shape, generator=generator).to(p))

@@ -25,7 +25,7 @@ from polyrank.models import HeadModel
 from polyrank.retaining import QualityRetaining, Retaining
 from small import METHODS
 
-ALONE = {"moa"}  # nothing is shared, so nothing is kept apart
+ALONE = {"moa", "task_lora"}  # nothing is shared, so nothing is kept apart
 
 
 def ready(method: Method, picks: list[tuple[int, int]] | None = None) -> tuple[HeadModel, Adapter, Batch]:

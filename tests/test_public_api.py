@@ -17,9 +17,9 @@ def test_public_names():
 
 
 def test_methods_by_name():
-    names = """lora rslora dora pissa milora moslora melora multilora vb_lora adalora more mtl_lora moelora poly
+    names = """lora rslora dora pissa milora moslora melora multilora vb_lora adalora task_lora more mtl_lora moelora poly
     moore moore_topk ase c_lorae hydralora loramoe mola malora mode smora teamlora omoe conditional_mixlora moa
-    mixlora emtal faded fgmoe smola xlora same"""
+    mixlora emtal faded dropout fgmoe smola xlora same"""
     assert [*polyrank.METHODS] == names.split()
 
 
@@ -43,7 +43,7 @@ def test_the_arguments_of_the_adapted_layer():
 
 def test_import_brings_torch_and_little_else():
     """No transformers, no training, no command line on `import polyrank`."""
-    heavy = ("transformers", "accelerate", "torchmetrics", "typer", "yaml")
+    heavy = ("transformers", "accelerate", "torchmetrics", "typer", "yaml", "rich")
     program = f"import sys, polyrank; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

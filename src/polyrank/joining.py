@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from .files import Fingerprint, difference, read_folder
 from .methods import Method
-from .mixture import Mixture, MixtureLinear, Site, TaskExperts, TaskTable
+from .methods.task_lora import TaskLinear
+from .mixture import LowRankMixture, Mixture, Site, TaskExperts, TaskTable
 from .saving import copy_weights, load_frozen, method_from
 
 
@@ -91,6 +92,8 @@ def put_experts(layers: Mapping[str, Mixture], bank: Mapping[int, Mapping[str, t
     for task, loras in bank.items():
         for name, (a, b) in loras.items():
             layer = layers[name]
-            if not isinstance(layer, MixtureLinear) or not isinstance(layer.experts, TaskExperts):
-                raise ValueError(f"{name}: this method has no bank of one expert for each task: take MoA or X-LoRA")
+            if not isinstance(layer, LowRankMixture | TaskLinear) or not isinstance(layer.experts, TaskExperts):
+                raise ValueError(
+                    f"{name}: this method has no bank of one expert for each task: take MoA, X-LoRA or TaskLoRA"
+                )
             layer.experts.put(task, a, b / layer.scale)

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 import polyrank
 from polyrank import Adapter
+from polyrank.mixture import RouteContext
 from small import (
     BLOCKS,
     BY_BATCH,
@@ -26,9 +28,11 @@ from small import (
     inputs,
     train_steps,
 )
+from waits import NoWaiting
 
 EVERY = sorted(METHODS)
 every = pytest.mark.parametrize("name", EVERY)
+DECOMPOSES = ("moore", "pissa", "milora")
 by_task = pytest.mark.parametrize("name", sorted(set(EVERY) - TASKLESS))
 
 
@@ -342,6 +346,31 @@ def test_compiles_whole(name):
     compiled.square().sum().backward()
     assert_close(compiled, y, atol=1e-5, rtol=1e-5)
     assert_close(gradients(net, adapter), eager, atol=1e-4, rtol=1e-4)
+
+
+@every
+def test_the_host_never_waits_for_the_device(name):
+    """In forward, losses and backward: a wait costs more than a mixture. Ids are checked on the CPU alone."""
+    net, adapter = adapted(METHODS[name])
+    x, mask = inputs(4, 5, 16).requires_grad_(), torch.ones(4, 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RouteContext, "checked", lambda self, task_ids, batch: task_ids)
+        net.train()
+        with NoWaiting():
+            y = net(x, mask, task_ids=IDS)
+            sum(adapter.losses().values(), y.square().sum()).backward()
+        net.eval()
+        with NoWaiting(), torch.no_grad():
+            net(x, mask, task_ids=IDS)
+    assert any(p.grad is not None for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(set(EVERY) - BLOCKS - {n for n in EVERY if n.startswith(DECOMPOSES)}))
+def test_stands_where_the_base_does(name):
+    """What stays behind on the host is copied from there in every forward. Factors need numbers: no meta base."""
+    layer = METHODS[name].build({"q": nn.Linear(16, 24, device="meta")}, TASKS)["q"]
+    own = [*layer.named_parameters(), *layer.named_buffers()]
+    assert {key: p.device.type for key, p in own} == dict.fromkeys((key for key, _ in own), "meta")
 
 
 @every

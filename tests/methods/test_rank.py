@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from polyrank import LoRA, adapt
-from polyrank.methods import METHODS as CLASSES, Faded, MALoRA, MELoRA, MoLA
+from polyrank.methods import METHODS as CLASSES, Dropout, Faded, MALoRA, MELoRA, MoLA
 from small import GLU, METHODS, TASKS, Net, adapted, disturb
 
 
@@ -52,7 +52,7 @@ def test_melora_has_n_times_loras_rank_at_its_size(n, r, in_features, out_featur
 def closed_form(method, shapes):
     """SIZE of each layer, by its I, O, K (or H, O, G of a block), and SIZE_ONCE, evaluated."""
     known = asdict(method) | {"T": len(TASKS), "L": len(shapes)}
-    if isinstance(method, Faded):
+    if isinstance(method, Faded | Dropout):
         known |= method.of
     each = []
     for l, shape in enumerate(shapes):
@@ -121,6 +121,8 @@ WRITTEN = {
     "same": lambda I, O, T, K: 3 * (2 * I + O * 2) + 3 * I,
     "moa": lambda I, O, T, K: T * (2 * I + O * 2) + T * I,
     "faded": lambda I, O, T, K: 2 * I + 3 * O * 2 + 3 * I,
+    "dropout": lambda I, O, T, K: 2 * I + 3 * O * 2 + 3 * I,
+    "dropout-input": lambda I, O, T, K: 2 * I + T * 2 * 2 + 3 * O * 2 + T * 3,
     "smola": lambda I, O, T, K: 3 * (2 * I + O * 2) + 3 * 2 * I,
     "ase": lambda I, O, T, K: 6 * (2 * I + O * 2) + T * 6 * I,
     "more": lambda I, O, T, K: 6 * I + O * 6 + T * I + 6 * I + 6,

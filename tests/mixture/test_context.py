@@ -3,9 +3,13 @@
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyrank.mixture import Route, RouteContext, Site
-from small import METHODS, adapted, inputs
+from small import IDS, METHODS, adapted, inputs
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.linear}
 
 
 @pytest.mark.parametrize(
@@ -119,3 +123,34 @@ def test_a_failed_forward_leaves_no_notes():
         net(x, task_ids=ids)
     handle.remove()
     assert adapter.losses() == {}
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in PRODUCTS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["lora", "loramoe", "mola", "smora", "more", "same", "ase", "moore-token", "c_lorae"])
+def test_a_recomputation_multiplies_no_more_than_its_forward(name):
+    """Routers and their notes have no second cost when they are recomputed; what is only counted is not redone."""
+    x, found = inputs(4, 5, 16).requires_grad_(), []
+    for checkpointed in (False, True):
+        net, adapter = adapted(METHODS[name], checkpointed=checkpointed)
+        net.context_fn = adapter.context.replay
+        with Products() as forward:
+            y = net(x, task_ids=IDS)
+            loss = sum(adapter.losses().values(), y.square().sum())
+        with Products() as backward:
+            loss.backward()
+        found.append((forward.count, backward.count))
+    (forward, plain), (_, checkpointed) = found
+    assert plain < checkpointed
+    counted_only = 4 if name == "same" else 0  # two products of each of two layers, for its covariance
+    assert checkpointed - plain <= forward - 1 - counted_only  # the head is not in the checkpoint

@@ -5,6 +5,7 @@ name (a list of T tensors where each task has its own), ``weight`` (O, I), ``bia
 """
 
 from polyrank import ASE, LoRA, MoORE, MoORETopK, MoRE
+from polyrank.methods import Dropout
 
 from .by_task import BY_TASK
 from .by_token import BY_TOKEN
@@ -14,7 +15,14 @@ from .seeds import naive_ase, naive_lora, naive_moore, naive_moore_topk, naive_m
 from .sequence import SEQUENCE
 
 SEEDS = {LoRA: naive_lora, MoORE: naive_moore, MoORETopK: naive_moore_topk, MoRE: naive_more, ASE: naive_ase}
-NAIVE = SEEDS | BY_TASK | BY_TOKEN | GIVEN | MIXED | SEQUENCE
+
+
+def naive_dropout(method, *given):
+    """In evaluation: what it goes around. tests/methods/test_dropout.py has training, with a mask that is known."""
+    return NAIVE[type(method.method)](method.method, *given)
+
+
+NAIVE = {Dropout: naive_dropout} | SEEDS | BY_TASK | BY_TOKEN | GIVEN | MIXED | SEQUENCE
 
 
 def by_name(flat):

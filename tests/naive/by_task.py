@@ -16,6 +16,7 @@ from polyrank.methods import (
     PiSSA,
     Poly,
     RsLoRA,
+    TaskLoRA,
 )
 
 from .seeds import svd
@@ -199,6 +200,14 @@ def naive_c_lorae(method, p, weight, bias, x, ids):
     return each_token(y, x, ids), method.mutual_information * wrong
 
 
+def naive_task_lora(method, p, weight, bias, x, ids):
+    def y(token, t):
+        update = pair(p["experts.lora_A"][t], p["experts.lora_B"][t], token)
+        return weight @ token + bias + method.alpha / method.rank * update
+
+    return each_token(y, x, ids), 0.0
+
+
 BY_TASK = {
     RsLoRA: naive_rslora,
     DoRA: naive_dora,
@@ -210,5 +219,6 @@ BY_TASK = {
     MTLLoRA: naive_mtl_lora,
     MOELoRA: naive_moelora,
     Poly: naive_poly,
+    TaskLoRA: naive_task_lora,
     CLoRAE: naive_c_lorae,
 }

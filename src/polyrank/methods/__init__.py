@@ -6,6 +6,7 @@ from .base import Method as Method
 from .c_lorae import CLoRAE as CLoRAE
 from .conditional_mixlora import ConditionalMixLoRA as ConditionalMixLoRA
 from .dora import DoRA as DoRA
+from .dropout import Dropout as Dropout
 from .emtal import EMTAL as EMTAL
 from .faded import Faded as Faded
 from .fgmoe import FGMoE as FGMoE
@@ -33,6 +34,7 @@ from .rslora import RsLoRA as RsLoRA
 from .same import SAME as SAME
 from .smola import SMoLA as SMoLA
 from .smora import SMoRA as SMoRA
+from .task_lora import TaskLoRA as TaskLoRA
 from .teamlora import TeamLoRA as TeamLoRA
 from .vb_lora import VBLoRA as VBLoRA
 from .xlora import XLoRA as XLoRA
@@ -48,6 +50,7 @@ METHODS: dict[str, type[Method]] = {
     "multilora": MultiLoRA,
     "vb_lora": VBLoRA,
     "adalora": AdaLoRA,
+    "task_lora": TaskLoRA,
     "more": MoRE,
     "mtl_lora": MTLLoRA,
     "moelora": MOELoRA,
@@ -69,6 +72,7 @@ METHODS: dict[str, type[Method]] = {
     "mixlora": MixLoRA,
     "emtal": EMTAL,
     "faded": Faded,
+    "dropout": Dropout,
     "fgmoe": FGMoE,
     "smola": SMoLA,
     "xlora": XLoRA,

@@ -34,7 +34,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from ..mixture import Experts, Mixture, MixtureLinear, Note, Site, in_out_features, normal, place, zeros
+from ..mixture import Experts, LowRankMixture, Mixture, MixtureLinear, Note, Site, in_out_features, normal, place, zeros
 from .base import STRICT, Method
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -90,7 +90,7 @@ class Triplets(Experts):
 
 
 def triplets(layers: Mapping[str, Mixture]) -> list[Triplets]:
-    found = [layer.experts for layer in layers.values() if isinstance(layer, MixtureLinear)]
+    found = [layer.experts for layer in layers.values() if isinstance(layer, LowRankMixture)]
     return [experts for experts in found if isinstance(experts, Triplets)]
 
 

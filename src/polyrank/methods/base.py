@@ -1,7 +1,7 @@
 """A method is a frozen dataclass of its paper's hyper-parameters, the configuration, and how it builds its layers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -25,6 +25,7 @@ from ..mixture import (
     weight_of,
 )
 from ..svd import Factors, factorise, numerical_rank
+from ..waiting import Waiting
 
 # an unknown hyper-parameter is an error, not a default; a string below a field says what it is
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -157,15 +158,30 @@ def check_plain(name: str, base: nn.Module, why: str) -> None:
         )
 
 
-def factors_of(name: str, base: nn.Module, *, closed: bool) -> Factors:
-    """The singular factors of a site's weight; ``closed`` leaves out directions whose sigma is below rounding.
+def singular_layers(
+    sites: Mapping[str, nn.Module], layer: Callable[[nn.Module, Factors], Mixture], *, closed: bool
+) -> dict[str, Mixture]:
+    """``layer(site, the singular factors of its weight)`` for each site; what takes long shows how far it is.
+
+    closed: leave out directions whose sigma is below rounding.
 
     Raises:
-        ValueError: the layer is not its weight alone.
+        ValueError: a site is not its weight alone, or its weight is not finite.
     """
-    check_plain(name, base, "decomposes the weight itself")
-    factors = factorise(weight_of(base))
-    return factors.first(numerical_rank(factors, weight_of(base).dtype)) if closed else factors
+    for name, base in sites.items():  # all of them first: factorising may take minutes
+        check_plain(name, base, "decomposes the weight itself")
+    layers: dict[str, Mixture] = {}
+    with Waiting("factorising weights", len(sites)) as waiting:
+        for name, base in sites.items():
+            weight = weight_of(base)
+            try:
+                factors = factorise(weight)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            # one at a time: the factors of all are several times the model
+            layers[name] = layer(base, factors.first(numerical_rank(factors, weight.dtype)) if closed else factors)
+            waiting.done_one()
+    return layers
 
 
 def check_divides(parts: int, name: str, base: nn.Module, field: str) -> None:

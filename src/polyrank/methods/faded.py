@@ -14,16 +14,16 @@ Deviations from the paper: it fades the router of its own method, inside feed-fo
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Annotated, Any, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from ..mixture import Around, Gate, Mixture, MixtureLinear, Note, Site, place
-from .base import NOT_FADED, STRICT, Hears, Method, check_fade, share_left
+from ..mixture import Around, Gate, LowRankMixture, Mixture, Site, place
+from .around import FILLED, AroundMethod
+from .base import NOT_FADED, Method, check_fade, share_left
 
 
 class Fading(Around):
@@ -44,31 +44,19 @@ class Fading(Around):
         return None if float(self.kept) else self.gate(self.kept.new_zeros(self.num_logits))
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT | {"validate_default": True})
-class Faded(Method):
+@dataclass(frozen=True, kw_only=True, config=FILLED)
+class Faded(AroundMethod):
     of: dict[str, Any] | str = "hydralora"
     """the method: its name, or name and fields"""
     fade: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(le=1)]] = (0.0, 0.5)
     """the shares of the training between which a falls from 1 to 0"""
 
-    def __hash__(self) -> int:
-        return hash(repr(self))  # `of` is a dict
+    __hash__ = AroundMethod.__hash__
 
-    @field_validator("of", mode="before")
     @classmethod
-    def _of(cls, given: object) -> object:
-        """With every field filled in."""
-        from . import METHODS  # all methods are known only by then
-
-        fields = {"name": given} if isinstance(given, str) else given
-        if not isinstance(fields, dict) or fields.get("name") not in METHODS:
-            raise ValueError(f"of={given!r} names no method of polyrank: `polyrank methods` lists them")
-        if METHODS[fields["name"]].ADAPTS != "linear layers":
-            raise ValueError(
-                f"of={fields['name']!r} adapts feed-forward blocks; `emtal` is the one of those that fades"
-            )
-        resolved: Any = METHODS[fields["name"]](**{key: value for key, value in fields.items() if key != "name"})
-        return {"name": fields["name"], **asdict(resolved)}
+    def refusal(cls, name: str, kind: type[Method]) -> str | None:
+        fits = kind.ADAPTS == "linear layers"
+        return None if fits else "adapts feed-forward blocks; `emtal` is the one of those that fades"
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -76,39 +64,13 @@ class Faded(Method):
         return self
 
     @property
-    def method(self) -> Method:
-        from . import METHODS
-
-        assert isinstance(self.of, dict)
-        return METHODS[self.of["name"]](**{key: value for key, value in self.of.items() if key != "name"})
-
-    @property
-    def SIZE(self) -> str:  # type: ignore[override]
-        return self.method.SIZE
-
-    @property
-    def SIZE_ONCE(self) -> str:  # type: ignore[override]
-        return self.method.SIZE_ONCE
-
-    @property
-    def starts_as_base(self) -> bool:
-        return self.method.starts_as_base
-
-    @property
     def settles(self) -> float:
         return self.fade[1]
-
-    @property
-    def hears(self) -> Hears:
-        return self.method.hears
-
-    def bank(self) -> Method | None:
-        return self.method.bank()
 
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
         layers = self.method.build(sites, tasks)
         for name, layer in layers.items():
-            if not isinstance(layer, MixtureLinear) or layer.gate is None or layer.router is None:
+            if not isinstance(layer, LowRankMixture) or layer.gate is None or layer.router is None:
                 raise ValueError(f"{name}: {self.method} has no gate beside a router, so nothing can fade")
             if layer.gate.num_active(layer.experts.num_experts) < layer.experts.num_experts:
                 raise ValueError(f"{name}: the gate of {self.method} chooses experts, and only a soft one can fade")
@@ -116,26 +78,14 @@ class Faded(Method):
             layer.gate = Fading(layer.gate, _num_logits(layer), layer.base)
         return layers
 
-    def losses(self, notes: Mapping[str, Sequence[Note]]) -> dict[str, Tensor]:
-        return self.method.losses(notes)
-
-    def param_groups(self, layers: Mapping[str, Mixture], lr: float, weight_decay: float) -> list[dict[str, object]]:
-        return self.method.param_groups(layers, lr, weight_decay)
-
     def before_step(self, layers: Mapping[str, Mixture], done: float) -> None:
         self.method.before_step(layers, done)
         for layer in layers.values():
-            assert isinstance(layer, MixtureLinear) and isinstance(layer.gate, Fading)
+            assert isinstance(layer, LowRankMixture) and isinstance(layer.gate, Fading)
             layer.gate.kept.fill_(share_left(done, self.fade))
 
-    def after_step(self, layers: Mapping[str, Mixture]) -> None:
-        self.method.after_step(layers)
 
-    def after_task(self, layers: Mapping[str, Mixture]) -> None:
-        self.method.after_task(layers)
-
-
-def _num_logits(layer: MixtureLinear) -> int:
+def _num_logits(layer: LowRankMixture) -> int:
     """How many logits the router gives, from one row of zeros."""
     assert layer.router is not None
     rows, like = layer.router.rows(), layer.experts.down()

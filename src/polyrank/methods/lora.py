@@ -9,7 +9,7 @@ One pair for all tasks, and no router: no `task_ids` are needed.
 Choose it as the baseline that a mixture has to beat, or where the task of a sample is not known.
 
 Deviations from the released code:
-- Dropout is 0 (theirs acts on x).
+- Dropout is 0 (theirs acts on x): `dropout` goes around this or another method, `at: input` is theirs.
 """
 
 from collections.abc import Mapping, Sequence

@@ -27,21 +27,33 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from ..mixture import Gate, LinearRouter, LoRAExperts, Mixture, MixtureLinear, Note, Site, Softmax, global_sum
+from ..mixture import (
+    Gate,
+    LinearRouter,
+    LoRAExperts,
+    Mixture,
+    MixtureLinear,
+    Note,
+    Site,
+    Softmax,
+    global_sum,
+    weight_of,
+)
 from .base import STRICT, Method
 
 
 class Localized(Gate):
     """Dense softmax that notes number, sum and sum of squares of Z."""
 
-    def __init__(self, kinds: Tensor | None, num_experts: int, delta: float) -> None:
+    def __init__(self, kinds: Tensor | None, num_experts: int, delta: float, device: torch.device) -> None:
         """kinds: (T,), 0 or 1 for each task; None where tasks have no kinds."""
         super().__init__()
         self.softmax, self.delta = Softmax(), delta
         self.kinds: Tensor | None
         self.second: Tensor
-        self.register_buffer("kinds", kinds, persistent=False)
-        self.register_buffer("second", torch.arange(num_experts) >= (num_experts + 1) // 2, persistent=False)  # (E,)
+        self.register_buffer("kinds", None if kinds is None else kinds.to(device), persistent=False)
+        second = torch.arange(num_experts, device=device) >= (num_experts + 1) // 2
+        self.register_buffer("second", second, persistent=False)  # (E,)
 
     def forward(self, logits: Tensor) -> Tensor:
         return self.softmax(logits)
@@ -88,12 +100,16 @@ class LoRAMoE(Method):
         if unknown:
             raise ValueError(f"knowledge names {sorted(unknown)}, the tasks are {list(tasks)}: name some of them")
         kinds = torch.tensor([task not in self.knowledge for task in tasks]) if self.knowledge else None
+
+        def gate(base: nn.Module) -> Gate:
+            return Localized(kinds, self.num_experts, self.delta, weight_of(base).device) if self.balance else Softmax()
+
         return {
             name: MixtureLinear(
                 base,
                 experts=LoRAExperts(base, self.num_experts, self.rank),
                 router=LinearRouter(base, self.num_experts),
-                gate=Localized(kinds, self.num_experts, self.delta) if self.balance else Softmax(),
+                gate=gate(base),
                 scale=self.alpha / self.rank,
             )
             for name, base in sites.items()

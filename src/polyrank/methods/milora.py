@@ -23,7 +23,8 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from ..mixture import Mixture, MixtureLinear, SingularExperts
-from .base import STRICT, Method, factors_of
+from ..svd import Factors
+from .base import STRICT, Method, singular_layers
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -36,9 +37,9 @@ class MiLoRA(Method):
     """the scale is alpha / r"""
 
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
-        layers: dict[str, Mixture] = {}
-        for name, base in sites.items():
-            low = factors_of(name, base, closed=True).last(self.rank)
+        def layer(base: nn.Module, factors: Factors) -> Mixture:
+            low = factors.last(self.rank)
             experts = SingularExperts(base, low.u, low.sigma, low.vt, self.alpha / self.rank)
-            layers[name] = MixtureLinear(base, experts=experts, scale=self.alpha / self.rank)
-        return layers
+            return MixtureLinear(base, experts=experts, scale=self.alpha / self.rank)
+
+        return singular_layers(sites, layer, closed=True)

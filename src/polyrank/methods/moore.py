@@ -37,7 +37,6 @@ from ..mixture import (
     Gate,
     Mixture,
     MixtureLinear,
-    Offset,
     Reflections,
     Router,
     SampleRouter,
@@ -46,12 +45,11 @@ from ..mixture import (
     TaskEmbedding,
     TokenRouter,
     adapter_dtype,
-    base_shrink,
-    expand_,
     weight_of,
 )
 from ..svd import Factors
-from .base import STRICT, Method, factors_of
+from .base import STRICT, Method, singular_layers
+from .singular import SingularLinear
 
 Even = Annotated[int, Ge(2), MultipleOf(2)]
 Level = Literal["token", "sample", "task"]
@@ -64,62 +62,10 @@ def _router(base: nn.Module, level: Level, num_tasks: int, task_dim: int, router
     return Sum(by_task, {"token": TokenRouter, "sample": SampleRouter}[level](base, router_dim, num_experts))
 
 
-class SingularLinear(Mixture):
-    """MoORE's layer: the singular directions of W, gated, stand for W."""
-
-    def __init__(self, base: nn.Module, factors: Factors, reflections: Reflections, router: Router) -> None:
-        super().__init__(base)
-        self.reflections, self.router, self.gate = reflections, router, Offset(factors.sigma)
-        dtype = weight_of(base).dtype
-        self.u: Tensor
-        self.vt: Tensor
-        self.register_buffer("u", factors.u.to(dtype), persistent=False)  # (O, K)
-        self.register_buffer("vt", factors.vt.to(dtype), persistent=False)  # (K, I)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, core = self.reflections.factors()
-        rank, extra = len(rows), self.router.rows()
-        a = rows if extra is None else torch.cat([rows, extra])
-        h, z = base_shrink(x, self.vt, None, a)  # V'x and the thin products
-        h = expand_(h, z[..., :rank], -core @ F.linear(rows, self.vt.to(rows.dtype)))  # V'P'x, P folded into V
-        gate = self.gate(self.router(x, z[..., rank:], self.site))
-        return F.linear(gate.to(h.dtype) * h, self.u.to(h.dtype), None if self.bias is None else self.bias.to(h.dtype))
-
-    @property
-    def stands_for_base(self) -> bool:
-        return True
-
-    @property
-    def reads(self) -> frozenset[str]:
-        return self.router.reads
-
-    def experts(self) -> tuple[Tensor, Tensor]:
-        """U (O, K) and V'P' (K, I): expert d is their d-th column and row."""
-        return self.u, self.vt.to(self.reflections.vectors.dtype) @ self.reflections.matrix().t()
-
-    @torch.no_grad()
-    def task_weight(self, task: int) -> Tensor:
-        self.refuse_if_input_routed()
-        u, vt = self.experts()
-        gate = self.gate(self.router(vt[:1], vt[:1, :0], self.site.on(task, vt.device))).view(-1)
-        return (u.to(vt.dtype) * gate) @ vt
-
-    def task_lora(self, task: int) -> tuple[Tensor, Tensor]:
-        raise ValueError(
-            f"{self.site.name}: MoORE changes every singular direction, so its delta has full rank and is no LoRA; "
-            "merge the task into a dense weight, or train MoORETopK with router='task', whose delta has rank k + L"
-        )
-
-    def active_parameters(self) -> int:
-        return self.reflections.vectors.numel() + self.router.active_parameters()
-
-    def flops_per_token(self) -> int:
-        thin = self.reflections.vectors.numel() + len(self.reflections.vectors) * len(self.vt)
-        return 2 * (self.u.numel() + self.vt.numel() + thin) + self.router.flops_per_token()
-
-
 class SingularDirections(Experts):
     """The k largest singular directions beside W, and W's own correction by P."""
+
+    cancels = True  # at the start P = I only with all reflections
 
     def __init__(self, factors: Factors, reflections: Reflections) -> None:
         super().__init__()
@@ -179,14 +125,13 @@ class MoORE(Method):
     """directions with sigma below rounding have no expert; "released" keeps them, and the change may leave Range(W)"""
 
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
-        layers: dict[str, Mixture] = {}
-        for name, base in sites.items():
+        def layer(base: nn.Module, factors: Factors) -> Mixture:
             weight = weight_of(base)
-            factors = factors_of(name, base, closed=self.null_directions == "closed")
             turn = Reflections(weight.shape[1], self.num_reflections, weight.device, adapter_dtype(base))
             router = _router(base, self.router, len(tasks), self.task_dim, self.router_dim, len(factors.sigma))
-            layers[name] = SingularLinear(base, factors, turn, router)
-        return layers
+            return SingularLinear(base, factors, turn, router)
+
+        return singular_layers(sites, layer, closed=self.null_directions == "closed")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -207,13 +152,11 @@ class MoORETopK(Method):
     """as in MoORE"""
 
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:
-        layers: dict[str, Mixture] = {}
-        for name, base in sites.items():
-            weight = weight_of(base)
-            factors = factors_of(name, base, closed=True).first(self.k)
+        def layer(base: nn.Module, factors: Factors) -> Mixture:
+            weight, top = weight_of(base), factors.first(self.k)
             turn = Reflections(weight.shape[1], self.num_reflections, weight.device, adapter_dtype(base))
-            router = _router(base, self.router, len(tasks), self.task_dim, self.router_dim, len(factors.sigma))
-            layers[name] = MixtureLinear(
-                base, experts=SingularDirections(factors, turn), router=router, gate=Correction(factors.sigma)
-            )
-        return layers
+            router = _router(base, self.router, len(tasks), self.task_dim, self.router_dim, len(top.sigma))
+            experts, gate = SingularDirections(top, turn), Correction(top.sigma)
+            return MixtureLinear(base, experts=experts, router=router, gate=gate)
+
+        return singular_layers(sites, layer, closed=True)

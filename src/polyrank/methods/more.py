@@ -34,7 +34,9 @@ from torch.nn import functional as F
 
 from ..mixture import (
     Gate,
+    Kept,
     LoRAExperts,
+    LowRankMixture,
     Mixture,
     MixtureLinear,
     Note,
@@ -42,6 +44,7 @@ from ..mixture import (
     Site,
     TaskTable,
     in_out_features,
+    infers,
     normal,
     place,
     uniform,
@@ -69,6 +72,7 @@ class RankSelector(Router):
         rising = STEP * torch.arange(rank, **place(base))
         self.bias = nn.Parameter(rising) if start == "full" else uniform(base, rank, bound=width**-0.5)
         self.temperature, self.pooling = temperature, pooling
+        self._table: Kept[Tensor] = Kept()
 
     def rows(self) -> None:
         return None
@@ -80,7 +84,9 @@ class RankSelector(Router):
         ids = site.ids(x)
         if self.training and site.listens and self.temperature > 0:
             site.note("contrastive", self._contrastive(x, ids, site))
-        return F.embedding(ids, self.logits())
+        if infers() or site.per_token:
+            return F.embedding(ids, self._table(None, (self,), self.logits))
+        return F.linear(F.embedding(ids, self.embedding()), self.proj, self.bias)
 
     def _contrastive(self, x: Tensor, ids: Tensor, site: Site) -> Tensor:
         h = site.pool(x) if self.pooling == "mean" else x.reshape(len(x), -1, x.shape[-1])[:, 0]  # (B, I)
@@ -162,7 +168,7 @@ class MoRE(Method):
 
 def selected_ranks(layers: Mapping[str, Mixture]) -> dict[str, list[int]]:
     """The rank of each task, in the order of the tasks, by layer name. Layers of other methods are passed over."""
-    selectors = {name: layer.router for name, layer in layers.items() if isinstance(layer, MixtureLinear)}
+    selectors = {name: layer.router for name, layer in layers.items() if isinstance(layer, LowRankMixture)}
     return {
         name: (router.logits().argmax(-1) + 1).tolist()
         for name, router in selectors.items()

@@ -45,6 +45,7 @@ from torch.nn import functional as F
 
 from ..mixture import (
     LoRAExperts,
+    LowRankMixture,
     Mixture,
     MixtureLinear,
     Pairs,
@@ -276,7 +277,7 @@ def eigenpairs(sketch: Tensor, onto: Tensor) -> tuple[Tensor, Tensor]:
 
 def _parts(layers: Mapping[str, Mixture]) -> Iterator[tuple[RememberingRouter, Pairs]]:
     for layer in layers.values():
-        if isinstance(layer, MixtureLinear) and isinstance(layer.router, RememberingRouter):
+        if isinstance(layer, LowRankMixture) and isinstance(layer.router, RememberingRouter):
             assert isinstance(layer.experts, Pairs)
             yield layer.router, layer.experts
 

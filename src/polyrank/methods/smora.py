@@ -26,7 +26,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validat
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from ..mixture import Gate, LinearRouter, LoRAExperts, Mixture, MixtureLinear, Site, global_sum, place
+from ..mixture import Gate, LinearRouter, LoRAExperts, LowRankMixture, Mixture, MixtureLinear, Site, global_sum, place
 from .base import STRICT, Method
 
 
@@ -107,5 +107,5 @@ class SMoRA(Method):
 
     def after_step(self, layers: Mapping[str, Mixture]) -> None:
         for layer in layers.values():
-            if isinstance(layer, MixtureLinear) and isinstance(layer.gate, LossFreeTopK) and self.rate:
+            if isinstance(layer, LowRankMixture) and isinstance(layer.gate, LossFreeTopK) and self.rate:
                 layer.gate.balance(self.rate)

@@ -35,6 +35,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..mixture import (
     Gate,
+    LowRankMixture,
     Mixture,
     MixtureLinear,
     RouteContext,
@@ -201,6 +202,6 @@ class XLoRA(Method):
                     f"{first.site.stream}, and X-LoRA's scalings are of one stream: target the encoder alone, or the "
                     "decoder's own layers"
                 )
-        assert isinstance(first, MixtureLinear) and isinstance(first.router, Scaled)
+        assert isinstance(first, LowRankMixture) and isinstance(first.router, Scaled)
         first.router.classifier.context = first.site.context
         return [model.register_forward_pre_hook(first.router.classifier.scale, with_kwargs=True)]

@@ -36,18 +36,18 @@ from .gates import (
     Gate as Gate,
     JointTopK as JointTopK,
     NaiveShared as NaiveShared,
-    Offset as Offset,
     Softmax as Softmax,
     SoftmaxTopK as SoftmaxTopK,
     Watched as Watched,
 )
+from .kept import Kept as Kept, drop_kept as drop_kept, infers as infers
 from .linear import (
     Mixture as Mixture,
-    MixtureLinear as MixtureLinear,
     add as add,
     context_of as context_of,
     run as run,
 )
+from .low_rank import LowRankMixture as LowRankMixture, MixtureLinear as MixtureLinear
 from .primitives import base_shrink as base_shrink, compute_dtype as compute_dtype, expand_ as expand_
 from .reflections import Reflections as Reflections
 from .route import Note as Note, Route as Route

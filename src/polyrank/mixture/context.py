@@ -53,7 +53,10 @@ class RouteContext:
         mask = pinned.masks.get("input") if pinned is not None else None
         if mask is not None and route.masks["input"] is None:  # beams stand together, as in the batch
             route.masks["input"] = mask.repeat_interleave(max(1, (route.batch or 1) // len(mask)), 0)
-        route.task_ids = self.checked(task_ids, route.batch) if task_ids is not None else pinned and pinned.task_ids
+        if task_ids is not None:
+            route.task_ids, route.task = self.checked(task_ids, route.batch)
+        elif pinned is not None:
+            route.task_ids, route.task = pinned.task_ids, pinned.task
         route.prompt = pinned.prompt if pinned is not None else None
         route.modality_ids = modality_ids
         route.heard = self._heard
@@ -72,7 +75,8 @@ class RouteContext:
         """Fix the task of every call inside the block, also of calls that bypass the root."""
         masks: dict[str, Tensor | None] = {} if attention_mask is None else {"input": attention_mask}
         before = self._pinned, self._active, self._outer
-        self._pinned, self._active, self._outer = Route(self.checked(task_ids, None), None, masks, prompt={}), None, []
+        ids, task = self.checked(task_ids, None)
+        self._pinned, self._active, self._outer = Route(ids, task, None, masks, prompt={}), None, []
         try:
             yield
         finally:
@@ -116,8 +120,8 @@ class RouteContext:
             raise ValueError(NO_TASK)
         return route
 
-    def checked(self, task_ids: Tensor, batch: int | None) -> Tensor:
-        """``task_ids`` if they are ids of this adapter's tasks.
+    def checked(self, task_ids: Tensor, batch: int | None) -> tuple[Tensor, int | None]:
+        """``task_ids`` if they are ids of this adapter's tasks, and the one task if it is known to be one.
 
         Raises:
             TypeError: not an integer tensor.
@@ -129,15 +133,15 @@ class RouteContext:
             raise ValueError(f"task_ids must have shape (B,), or (B, L) for one per token; got {tuple(task_ids.shape)}")
         if batch is not None and task_ids.ndim == 1 and batch % len(task_ids):
             raise ValueError(f"{len(task_ids)} task_ids for a batch of {batch}: give one id per sample")
-        known = (
-            not torch.compiler.is_compiling() and task_ids.device.type == "cpu"
-        )  # elsewhere it would wait for the device
-        if known and (int(task_ids.min()) < 0 or int(task_ids.max()) >= len(self.tasks)):
+        if torch.compiler.is_compiling() or task_ids.device.type != "cpu":  # elsewhere it would wait for the device
+            return task_ids.long(), None
+        least, most = int(task_ids.min()), int(task_ids.max())
+        if least < 0 or most >= len(self.tasks):
             raise ValueError(
                 f"task_ids must lie in 0..{len(self.tasks) - 1} ({', '.join(self.tasks)}); "
                 f"got {sorted(set(task_ids.flatten().tolist()))}"
             )
-        return task_ids.long()
+        return task_ids.long(), least if least == most else None
 
 
 class _Replay(AbstractContextManager[None]):

@@ -1,9 +1,11 @@
 """Experts own the thin maps A and B, and how a gate acts on the ranks between them."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from .base import in_out_features
 from .site import Site
@@ -15,6 +17,7 @@ class Experts(nn.Module, ABC):
 
     num_experts: int
     reads: frozenset[str] = frozenset()  # beside what the router reads: "task" where the experts have parts of a task
+    cancels = False  # whether ranks start as a difference that is zero only with all of them: none may be left out
 
     @abstractmethod
     def down(self) -> Tensor:
@@ -32,6 +35,47 @@ class Experts(nn.Module, ABC):
         """Trained parameters that work on one token of which ``num_active`` experts take care."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return trained * num_active // self.num_experts
+
+
+class _Weighed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, z: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(z, gate)
+        return z * _over_ranks(gate, z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, gate = ctx.saved_tensors
+        (dq,) = grads
+        dz = dgate = None
+        with torch.autocast(z.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                dz = dq * _over_ranks(gate, z)
+            if ctx.needs_input_grad[1]:
+                dgate = (dq * z).sum_to_size(*gate.shape[:-1], z.shape[-1]) @ _ones(gate, z).t()
+        return dz, dgate
+
+
+def weigh(z: Tensor, gate: Tensor) -> Tensor:
+    """z (..., E r) with the ranks of each expert times its weight. gate: (..., E), broadcasts over the tokens.
+
+    The weights are spread over the ranks by a product with ones and zeros: it is exact, and its backward pass is a
+    product too, not a sum over short rows. It is not kept for the backward pass, but done again.
+    """
+    gate = gate.to(z.dtype)
+    if gate.shape[-1] == z.shape[-1]:
+        return z * gate
+    return _Weighed.apply(z, gate) if torch.is_grad_enabled() else z * _over_ranks(gate, z)  # type: ignore[return-value]
+
+
+def _over_ranks(gate: Tensor, z: Tensor) -> Tensor:
+    return gate @ _ones(gate, z)
+
+
+def _ones(gate: Tensor, z: Tensor) -> Tensor:
+    """(E, E r): row e has ones where expert e has its ranks."""
+    num = gate.shape[-1]
+    return torch.eye(num, device=z.device, dtype=z.dtype).repeat_interleave(z.shape[-1] // num, 1)
 
 
 class Pairs(Experts):
@@ -57,10 +101,7 @@ class LoRAExperts(Pairs):
     def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
         if gate is None:
             return z
-        gate = gate.to(z.dtype)
-        if self.rank == 1:
-            return z * gate
-        return (z.unflatten(-1, (self.num_experts, self.rank)) * gate.unsqueeze(-1)).flatten(-2)
+        return weigh(z, gate)
 
 
 class TaskExperts(Experts):
@@ -81,7 +122,7 @@ class TaskExperts(Experts):
 
     def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
         assert gate is not None
-        return (z.unflatten(-1, (self.num_experts, self.rank)) * gate.to(z.dtype).unsqueeze(-1)).flatten(-2)
+        return weigh(z, gate)
 
     @torch.no_grad()
     def put(self, task: int, a: Tensor, b: Tensor) -> None:
@@ -133,6 +174,8 @@ class SingularExperts(Experts):
 
     y = W x + s (B A - B_0 A_0) x equals (W - s B_0 A_0) x + s B A x, and starts as the base.
     """
+
+    cancels = True
 
     def __init__(self, base: nn.Module, u: Tensor, sigma: Tensor, vt: Tensor, scale: float) -> None:
         """A_0 = sqrt(sigma / s) vt and B_0 = u sqrt(sigma / s), for u (O, R), sigma (R,), vt (R, I)."""

@@ -29,7 +29,7 @@ class Gate(nn.Module, ABC):
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    return F.softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+    return F.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 class Softmax(Gate):
@@ -76,7 +76,11 @@ class JointTopK(Gate):
         self.k, self.num_shared = k, num_shared
 
     def forward(self, logits: Tensor) -> Tensor:
-        shared, routed = logits[..., : self.num_shared], logits[..., self.num_shared :]
+        if self.num_shared == 0:
+            best = logits.topk(self.k, -1)
+            p = _softmax(best.values)
+            return torch.zeros_like(logits, dtype=p.dtype).scatter(-1, best.indices, p)
+        shared, routed = logits.split((self.num_shared, logits.shape[-1] - self.num_shared), -1)
         best = routed.topk(self.k, -1)
         p = _softmax(torch.cat([shared, best.values], -1))
         chosen = torch.zeros_like(routed, dtype=p.dtype).scatter(-1, best.indices, p[..., self.num_shared :])
@@ -126,18 +130,3 @@ class Watched(Around):
         mask = site.mask(logits)
         counts = torch.ones_like(p[:, :1]) if mask is None else mask.reshape(-1, 1).to(p)
         site.note("load", torch.stack([(chosen * counts).sum(0), (p * counts).sum(0)]))  # (2, E)
-
-
-class Offset(Gate):
-    """relu(offset + logits): a fixed weight that the router corrects, never below zero."""
-
-    def __init__(self, offset: Tensor) -> None:
-        super().__init__()
-        self.offset: Tensor
-        self.register_buffer("offset", offset, persistent=False)  # (E,)
-
-    def forward(self, logits: Tensor) -> Tensor:
-        return F.relu(self.offset.to(logits.dtype) + logits)
-
-    def num_active(self, num_experts: int) -> int:
-        return num_experts

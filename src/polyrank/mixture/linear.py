@@ -1,17 +1,13 @@
-"""The adapted linear layer: y = W x + b + s * B' C(x, t) A x."""
+"""What stands in the place of a frozen linear layer."""
 
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .base import in_out_features, runs_primitives, weight_of
 from .context import RouteContext
-from .experts import Experts
-from .gates import Gate
-from .primitives import base_shrink, compute_dtype, expand_
-from .routers import Router
+from .primitives import base_shrink, compute_dtype, expand_, thin_products, with_lora
 from .site import Site
 
 
@@ -92,90 +88,31 @@ class Mixture(nn.Module, ABC):
             )
 
 
-class MixtureLinear(Mixture):
-    """A frozen linear layer and a gated mixture of low-rank experts beside it."""
+def run(base: nn.Module, x: Tensor, *a: Tensor) -> tuple[Tensor, Tensor]:
+    """The frozen layer's output (..., O) and the thin products x A' (..., R), by ``base_shrink`` where it may be.
 
-    def __init__(
-        self,
-        base: nn.Module,
-        *,
-        experts: Experts,
-        router: Router | None = None,
-        gate: Gate | None = None,
-        scale: float = 1.0,
-    ) -> None:
-        super().__init__(base)
-        self.experts, self.router, self.gate, self.scale = experts, router, gate, scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.experts.down()
-        rank, rows = len(a), None if self.router is None else self.router.rows()
-        if rows is not None:
-            a = torch.cat([a, rows])
-        y, z = run(self.base, x, a)
-        return add(self.base, y, self.mix(x, z, rank, self.site), self.experts.up(self.base))
-
-    def mix(self, x: Tensor, z: Tensor, rank: int, site: Site) -> Tensor:
-        """The rank side: q = s C(x, t) z, (..., R')."""
-        gate = None
-        if self.router is not None:
-            gate = logits = self.router(x, z[..., rank:], site)
-            if self.gate is not None:
-                gate = self.gate(logits)
-                if self.training and site.listens:
-                    self.gate.watch(logits, gate, site)
-        q = self.experts.core(z[..., :rank], gate, site)
-        return q if self.scale == 1 else q * self.scale
-
-    @property
-    def stands_for_base(self) -> bool:
-        return False
-
-    @property
-    def reads(self) -> frozenset[str]:
-        asked = self.router is not None and (self.gate is None or self.gate.fixed() is None)
-        return self.experts.reads | (self.router.reads if asked and self.router is not None else frozenset())
-
-    def active_parameters(self) -> int:
-        experts = self.experts.active_parameters(
-            self.experts.num_experts if self.gate is None else self.gate.num_active(self.experts.num_experts)
-        )
-        gate = 0 if self.gate is None else sum(p.numel() for p in self.gate.parameters() if p.requires_grad)
-        return experts + gate + (0 if self.router is None else self.router.active_parameters())
-
-    @torch.no_grad()
-    def task_lora(self, task: int) -> tuple[Tensor, Tensor]:
-        """The core is linear in z, so it is its value on the identity: minimal rank, whatever the method."""
-        self.refuse_if_input_routed()
-        a, training = self.experts.down(), self.training
-        eye, site = torch.eye(len(a), device=a.device, dtype=a.dtype), self.site.on(task, a.device)
-        fixed = None if self.gate is None else self.gate.fixed()
-        self.eval()  # no noise in a merged weight
-        q = self.mix(eye, eye, len(a), site) if fixed is None else self.scale * self.experts.core(eye, fixed, site)
-        self.train(training)
-        return a, q @ self.experts.up(self.base).to(a.dtype)
-
-    @torch.no_grad()
-    def task_weight(self, task: int) -> Tensor:
-        a, b = self.task_lora(task)
-        return weight_of(self.base).to(a.dtype) + b.t() @ a
-
-    def flops_per_token(self) -> int:
-        a, b = self.experts.down(), self.experts.up(self.base)
-        router = 0 if self.router is None else self.router.flops_per_token()
-        return 2 * (self.in_features * self.out_features + a.numel() + b.numel()) + router
-
-
-def run(base: nn.Module, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """The frozen layer's output (..., O) and the thin products x A' (..., R), by ``base_shrink`` where it may be."""
+    a: one or more parts of A whose rows stand below each other, (R, I), or (N, R, I) for N equal parts of x's first
+    dimension.
+    """
     if runs_primitives(base):
-        return base_shrink(x, weight_of(base), base._parameters["bias"], a)
-    return base(x), F.linear(x, a.to(compute_dtype(x)))  # quantised, sharded, wrapped, hooked: it runs as it is
+        return base_shrink(x, weight_of(base), base._parameters["bias"], *a)
+    rows = torch.cat(a, -2).to(compute_dtype(x))
+    return base(x), thin_products(x, rows)  # quantised, sharded, wrapped, hooked: it runs as it is
 
 
-def add(base: nn.Module, y: Tensor, q: Tensor, b: Tensor) -> Tensor:
-    """``y`` that ``run`` gave, and q B (..., O); in place where it may be. q: (..., R'); b: (R', O)."""
-    return expand_(y, q, b) if runs_primitives(base) else y + F.linear(q, b.t().to(q.dtype)).to(y.dtype)
+def add(base: nn.Module, y: Tensor, q: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """``y`` that ``run`` gave, and scale q B; in place where it may be. q: (..., R'); b: (R', O) or (N, R', O)."""
+    if runs_primitives(base):
+        return expand_(y, q, b, scale)
+    return y + scale * thin_products(q, b.mT.to(q.dtype)).to(y.dtype)
+
+
+def apply_lora(base: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The frozen layer and one LoRA, without a graph. a: (R, I) and b: (R, O), in the compute dtype."""
+    if type(base) is nn.Linear and runs_primitives(base):
+        return with_lora(x, base.weight, base.bias, a, b)
+    y, z = run(base, x, a)
+    return add(base, y, z, b)
 
 
 def context_of(model: nn.Module) -> RouteContext | None:

@@ -33,8 +33,8 @@ class Reflections(nn.Module):
         u = F.normalize(v.to(exact), dim=-1)
         eye = torch.eye(len(u), device=u.device, dtype=exact)
         t = torch.linalg.solve_triangular(torch.triu(u @ u.t(), 1) + 0.5 * eye, eye, upper=True)  # (L, L)
-        pair = torch.kron(eye[::2, ::2], torch.tensor([[1.0, -1.0], [0.0, 1.0]], device=u.device, dtype=exact))
-        back = torch.kron(eye[::2, ::2], torch.tensor([[1.0, 1.0], [0.0, 1.0]], device=u.device, dtype=exact))
+        second = torch.kron(eye[::2, ::2], eye[:2, :2].roll(1, 1).triu())  # (u_1, u_2) -> (u_2, 0); not from the host
+        pair, back = eye - second, eye + second
         return (pair @ u).to(v.dtype), (back.t() @ t @ back).to(v.dtype)  # u = back (pair u)
 
     def matrix(self) -> Tensor:

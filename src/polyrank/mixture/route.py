@@ -18,6 +18,7 @@ class Route:
     """What one forward knows: tasks, masks, and the notes of its layers."""
 
     task_ids: Tensor | None = None  # (B,), or (B, L) where requests are flattened into rows
+    task: int | None = None  # the one task of all samples, where that is known without waiting for the device
     batch: int | None = None  # samples in this forward; None outside the root's forward
     masks: dict[str, Tensor | None] = field(default_factory=dict)  # stream -> (B, L), nonzero where a token counts
     notes: dict[str, list[Note]] = field(default_factory=dict)  # kind -> notes, in the order of the layers
@@ -38,7 +39,7 @@ class Route:
         """
         if self.task_ids is None:
             raise ValueError(NO_TASK)
-        ids, leading = self.task_ids.to(x.device), x.shape[:-1]
+        ids, leading = _beside(self.task_ids, x), x.shape[:-1]
         if ids.ndim == 2:
             if ids.shape != leading:
                 raise ValueError(
@@ -93,7 +94,7 @@ class Route:
                 "give one id for each token (B, L), and leave out layers that read something else, such as a pooler, "
                 "with exclude="
             )
-        return ids.to(x.device)
+        return _beside(ids, x)
 
     def pool(self, x: Tensor, stream: str) -> Tensor:
         """Masked mean (B, I) over the tokens of each sample of ``x`` (..., I). A sample without a token gives 0."""
@@ -113,3 +114,8 @@ class Route:
         weights = mask.reshape(batch, 1, -1).to(x.device, torch.float32)
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1)
         return torch.bmm(weights.to(x.dtype), rows).squeeze(1)  # no tokens x width temporary
+
+
+def _beside(ids: Tensor, x: Tensor) -> Tensor:
+    """ids on the device of x. Those that come from the host need not wait for the device; the other way they must."""
+    return ids.to(x.device, non_blocking=x.device.type != "cpu")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import in_out_features
+from .kept import Kept, infers
 from .site import Site
 from .start import TaskTable, normal, uniform, zeros
 
@@ -47,14 +48,20 @@ class TaskEmbedding(Router):
         super().__init__()
         self.embedding = TaskTable(normal(base, num_tasks, dim))
         self.proj = uniform(base, num_experts, dim, bound=bound)
+        self._table: Kept[Tensor] = Kept()
 
     def rows(self) -> None:
         return None
 
     def forward(self, x: Tensor, z: Tensor, site: Site) -> Tensor:
-        # one small product a task: a task that joins later does not even change the others' rounding
-        logits = torch.stack([F.linear(e, self.proj) for e in self.embedding.each()])  # (T, E)
-        return F.embedding(site.ids(x), logits)
+        ids = site.ids(x)
+        if infers() or site.per_token:
+            return F.embedding(ids, self._table(None, (self,), self._of_each_task))
+        return F.linear(F.embedding(ids, self.embedding()), self.proj)
+
+    def _of_each_task(self) -> Tensor:
+        """(T, E). One small product a task: one that joins later does not even change the others' rounding."""
+        return torch.stack([F.linear(e, self.proj) for e in self.embedding.each()])
 
     def active_parameters(self) -> int:
         return self.embedding.row_numel() + self.proj.numel()

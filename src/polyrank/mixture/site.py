@@ -21,6 +21,11 @@ class Site:
     def ids(self, x: Tensor) -> Tensor:
         return self.context.route.ids(x, self.name)
 
+    @property
+    def task(self) -> int | None:
+        """The one task of all samples of this forward, where that is known without waiting for the device."""
+        return self.context.route.task
+
     def mask(self, x: Tensor) -> Tensor | None:
         return self.context.route.mask(x, self.stream)
 
@@ -66,9 +71,14 @@ class Site:
 
     @property
     def listens(self) -> bool:
-        """Whether notes are worth leaving: only a forward of the whole model that will be differentiated has losses."""
+        """Whether notes are worth leaving: only a forward of the whole model that will be differentiated has losses.
+
+        A layer that no adapter put anywhere has none.
+        """
+        if not torch.is_grad_enabled() or not self.context.tasks:
+            return False
         route = self.context.route
-        return torch.is_grad_enabled() and route.batch is not None and route.heard
+        return route.batch is not None and route.heard
 
     @property
     def replays(self) -> bool:
@@ -84,6 +94,12 @@ class Site:
     def note(self, kind: str, value: Tensor) -> None:
         """Leave ``value`` for ``Method.losses``."""
         self.context.route.notes.setdefault(kind, []).append((self.name, value))
+
+    def of_all(self, device: torch.device) -> Self:
+        """The same place, with one sample of each task."""
+        context = RouteContext(self.context.tasks)
+        context._pinned = Route(task_ids=torch.arange(len(context.tasks), device=device))
+        return type(self)(self.name, self.stream, context)
 
     def on(self, task: int, device: torch.device) -> Self:
         """The same place, with every sample on one task: for merging and exporting."""

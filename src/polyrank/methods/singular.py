@@ -1,0 +1,170 @@
+"""MoORE's layer: the singular directions of W, gated, stand for W. Its two products with V and U are all that is wide.
+
+    h = V'P'x,   y = U (relu(sigma + logits) * h) + b
+
+P is folded into V where there are more tokens than directions, and into x where there are fewer; in inference V'P' is
+kept. Of the gate, the backward pass keeps only what it is made of: the offset of each sample and the router's
+bottleneck; a thin product makes it again. So one (tokens, K) tensor is kept beside x, where plain autograd keeps four.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
+
+from ..mixture import (
+    Kept,
+    Mixture,
+    Reflections,
+    Router,
+    Sum,
+    TokenRouter,
+    base_shrink,
+    compute_dtype,
+    expand_,
+    infers,
+    weight_of,
+)
+from ..svd import Factors
+
+
+class SingularLinear(Mixture):
+    """The singular directions of W, gated, in the place of W."""
+
+    def __init__(self, base: nn.Module, factors: Factors, reflections: Reflections, router: Router) -> None:
+        super().__init__(base)
+        self.reflections, self.router = reflections, router
+        dtype = weight_of(base).dtype
+        self.u: Tensor
+        self.vt: Tensor
+        self.sigma: Tensor
+        self.register_buffer("u", factors.u.to(dtype), persistent=False)  # (O, K)
+        self.register_buffer("vt", factors.vt.to(dtype), persistent=False)  # (K, I)
+        self.register_buffer("sigma", factors.sigma, persistent=False)  # (K,)
+        self._folded: Kept[tuple[Tensor, Tensor | None]] = Kept()
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x)
+        if infers():
+            thin, up = self._folded(dtype, (self.reflections, self.router), lambda: self._fold(dtype))
+            h, z = F.linear(x, thin).split((len(self.vt), len(thin) - len(self.vt)), -1)
+        else:
+            h, z, up = *self._directions(x), self._parts()[1]
+        offset = self.sigma + self._parts()[0](x, z, self.site)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return gated_product(h, offset, None if up is None else z, up, self.u.to(dtype), bias)
+
+    def _directions(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """V'P'x (..., K), and the thin products of the router's rows with x."""
+        rows, core = self.reflections.factors()
+        extra = self.router.rows()
+        a, sizes = [rows] if extra is None else [rows, extra], (len(rows), 0 if extra is None else len(extra))
+        if x.numel() // x.shape[-1] < len(self.vt):  # turn x: V is larger
+            x = x.to(compute_dtype(x))
+            thin, z = F.linear(x, torch.cat(a).to(x.dtype)).split(sizes, -1)
+            return F.linear(expand_(x.clone(), thin, -core @ rows), self.vt.to(x.dtype)), z
+        h, z = base_shrink(x, self.vt, None, *a)
+        thin, z = z.split(sizes, -1)
+        return expand_(h, thin, -core @ F.linear(rows.to(self.vt.dtype), self.vt).to(rows.dtype)), z  # P folded into V
+
+    def _fold(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """V'P' with the router's rows below, and its second matrix, for inference."""
+        vt, extra, up = self.experts()[1], self.router.rows(), self._parts()[1]
+        thin = vt if extra is None else torch.cat([vt, extra.to(vt.dtype)])
+        return thin.to(dtype), None if up is None else up.to(dtype)
+
+    def _parts(self) -> tuple[Router, Tensor | None]:
+        """The router that is one for all tokens of a sample, and the second matrix (K, D) of one that reads each."""
+        if isinstance(self.router, Sum):
+            first, second = self.router.routers
+            if isinstance(first, Router) and isinstance(second, TokenRouter):
+                return first, second.up
+        return self.router, None
+
+    @property
+    def stands_for_base(self) -> bool:
+        return True
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return self.router.reads
+
+    def experts(self) -> tuple[Tensor, Tensor]:
+        """U (O, K) and V'P' (K, I): expert d is their d-th column and row."""
+        rows, core = self.reflections.factors()
+        vt = self.vt.to(rows.dtype)
+        return self.u, vt - F.linear(vt, rows) @ core.t() @ rows
+
+    @torch.no_grad()
+    def task_weight(self, task: int) -> Tensor:
+        self.refuse_if_input_routed()
+        u, vt = self.experts()
+        gate = F.relu(self.sigma + self.router(vt[:1], vt[:1, :0], self.site.on(task, vt.device))).view(-1)
+        return (u.to(vt.dtype) * gate) @ vt
+
+    def task_lora(self, task: int) -> tuple[Tensor, Tensor]:
+        raise ValueError(
+            f"{self.site.name}: MoORE changes every singular direction, so its delta has full rank and is no LoRA; "
+            "merge the task into a dense weight, or train MoORETopK with router='task', whose delta has rank k + L"
+        )
+
+    def active_parameters(self) -> int:
+        return self.reflections.vectors.numel() + self.router.active_parameters()
+
+    def flops_per_token(self) -> int:
+        thin = self.reflections.vectors.numel() + len(self.reflections.vectors) * len(self.vt)
+        return 2 * (self.u.numel() + self.vt.numel() + thin) + self.router.flops_per_token()
+
+
+def gated_product(
+    h: Tensor, offset: Tensor, z: Tensor | None, up: Tensor | None, u: Tensor, bias: Tensor | None
+) -> Tensor:
+    """U (g * h) + b with the gate g = relu(offset + up z), which is computed again in the backward pass.
+
+    Args:
+        h: (..., K). offset: broadcasts to h. z: (..., D) and up: (K, D), or None and None. u: (O, K) and bias: (O,),
+            frozen.
+    """
+    offset, up = offset.to(h.dtype), None if up is None else up.to(h.dtype)
+    if not torch.is_grad_enabled():
+        return F.linear(_gate(offset, z, up).mul(h), u, bias)
+    return _GatedProduct.apply(h, offset, z, up, u, bias)  # type: ignore[return-value]
+
+
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        h: Tensor,
+        offset: Tensor,
+        z: Tensor | None,
+        up: Tensor | None,
+        u: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(h, offset, z, up, u)
+        gate = _gate(offset, z, up)
+        return F.linear(gate * h if z is None else gate.mul_(h), u, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        h, offset, z, up, u = ctx.saved_tensors
+        (dy,) = grads
+        with torch.autocast(dy.device.type, enabled=False):
+            gate = _gate(offset, z, up)
+            dq = (dy.reshape(-1, dy.shape[-1]) @ u).view(h.shape)
+            dlogits = torch.ops.aten.threshold_backward(dq * h, gate.expand(h.shape), 0)
+            dh = dq.mul_(gate)
+            doffset = dlogits.sum_to_size(offset.shape) if ctx.needs_input_grad[1] else None
+            dz = dup = None
+            if z is not None and up is not None:
+                flat = dlogits.view(-1, dlogits.shape[-1])
+                dz, dup = (flat @ up).view(z.shape), flat.t() @ z.reshape(-1, z.shape[-1])
+        return dh, doffset, dz, dup, None, None
+
+
+def _gate(offset: Tensor, z: Tensor | None, up: Tensor | None) -> Tensor:
+    return F.relu(offset) if z is None or up is None else F.linear(z, up).add_(offset).relu_()
