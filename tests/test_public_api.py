@@ -17,8 +17,8 @@ def test_public_names():
 
 
 def test_methods_by_name():
-    names = """lora rslora dora pissa milora moslora melora multilora vb_lora adalora task_lora more mtl_lora moelora poly
-    moore moore_topk ase c_lorae hydralora loramoe mola malora mode smora teamlora omoe conditional_mixlora moa
+    names = """lora rslora dora pissa milora moslora melora multilora vb_lora adalora task_lora more mtl_lora moelora
+    poly moore moore_topk ase c_lorae hydralora loramoe mola malora mode smora teamlora omoe conditional_mixlora moa
     mixlora emtal faded dropout fgmoe smola xlora same"""
     assert [*polyrank.METHODS] == names.split()
 

@@ -354,15 +354,36 @@ def test_the_host_never_waits_for_the_device(name):
     net, adapter = adapted(METHODS[name])
     x, mask = inputs(4, 5, 16).requires_grad_(), torch.ones(4, 5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RouteContext, "checked", lambda self, task_ids, batch: task_ids)
+        patch.setattr(RouteContext, "checked", lambda self, task_ids, batch: (task_ids, None))
         net.train()
         with NoWaiting():
             y = net(x, mask, task_ids=IDS)
             sum(adapter.losses().values(), y.square().sum()).backward()
         net.eval()
-        with NoWaiting(), torch.no_grad():
-            net(x, mask, task_ids=IDS)
+        with torch.no_grad():
+            net(x, mask, task_ids=IDS)  # what inference computes once may wait
+            with NoWaiting():
+                net(x, mask, task_ids=IDS)
     assert any(p.grad is not None for p in adapter.parameters())
+
+
+@every
+def test_inference_equals_the_differentiated_forward(name):
+    """What inference keeps is what the weights are: one task, several, each token's own, and after each has changed."""
+    net, adapter = adapted(METHODS[name], dtype=torch.float64)
+    net.eval()
+    x = inputs(4, 5, 16, dtype=torch.float64)
+    numbers = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+    for change in (None, *list(adapter.parameters())[:6], *numbers[:2]):
+        if change is not None:
+            with torch.no_grad():
+                change.mul_(1.25)
+        for ids in (IDS, torch.full((4,), 1), torch.full((4,), 2)):
+            with torch.no_grad():
+                found = net(x, task_ids=ids)
+            assert_close(found, net(x, task_ids=ids), atol=1e-12, rtol=1e-10)
+    with torch.inference_mode():
+        assert_close(net(x.transpose(0, 1).contiguous().transpose(0, 1), task_ids=IDS), net(x, task_ids=IDS))
 
 
 @pytest.mark.parametrize("name", sorted(set(EVERY) - BLOCKS - {n for n in EVERY if n.startswith(DECOMPOSES)}))

@@ -14,7 +14,7 @@ from polyrank.methods import Dropout, LoRA, MoA
 from small import BLOCKS, IDS, METHODS, NOT_THE_BASE, TASKS, Net, adapted, base, disturb, fill_bank, inputs, train_steps
 
 PLACES = pytest.mark.parametrize("at", ["ranks", "input"])
-LAYERS_OF_THEIR_OWN = {"dora", "moore"}  # by their names in recipes
+LAYERS_OF_THEIR_OWN = {"dora", "moore", "task_lora"}  # by their names in recipes
 DIFFERENCES = {"pissa", "milora", "moore_topk"}
 LINEAR = sorted(name for name in METHODS if name not in BLOCKS and not isinstance(METHODS[name], Dropout))
 

@@ -46,6 +46,23 @@ def test_equals_plain_autograd(shape, bias):
     assert_close(found[0], found[1], atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("shape", [(2, 6), (2, 3, 6), (4, 3, 2, 6)])
+def test_thin_weights_of_each_sample(shape, scale):
+    """A (N, R, I) and B (N, R, O), and A in two parts: the samples one after the other."""
+    x, weight, bias, _, _ = operands(shape)
+    a, more, b = (inputs(2, n, 6 - (n == 3), seed=n, dtype=torch.float64).requires_grad_() for n in (2, 1, 3))
+    y, z = base_shrink(x, weight, bias, a, more)
+    y = expand_(y, torch.tanh(z), b, scale)
+    y.square().sum().backward()
+    got = [x.grad.clone(), a.grad.clone(), more.grad.clone(), b.grad.clone()]
+    parts = zip(x.chunk(2), torch.cat([a, more], 1), b, strict=True)
+    want = torch.cat([F.linear(s, weight, bias) + scale * torch.tanh(s @ down.T) @ up for s, down, up in parts])
+    assert_close(y, want, atol=1e-12, rtol=1e-12)
+    wanted = torch.autograd.grad(want.square().sum(), [x, a, more, b])
+    assert_close(got, list(wanted), atol=1e-12, rtol=1e-12)
+
+
 def test_first_and_second_derivatives():
     x, weight, bias, a, b = operands((2, 3, 6))
     assert torch.autograd.gradcheck(lambda x, a, b: fast(x, weight, bias, a, b), (x, a, b))

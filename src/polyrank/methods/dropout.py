@@ -9,8 +9,8 @@ Only in training; afterwards, and where it merges, the layer is the other method
 without dropout, as C is linear in A x (but OMoE's). Routers read x as it is: what is dropped is the experts' share.
 
 Choose it if a method fits the training examples and not the others. It takes every method whose layers have the
-formula: all but those for feed-forward blocks, `dora` and `moore`, and `pissa`, `milora` and `moore_topk` with
-`at: input` alone: their ranks start as a difference, of which a part would be as large as W.
+formula: all but those for feed-forward blocks, `dora`, `moore` and `task_lora`; and `pissa`, `milora` and
+`moore_topk` with `at: input` alone: their ranks start as a difference, of which a part would be as large as W.
 
 `at: ranks` is a mask of (tokens, R) numbers, 1.01 to 1.07 times the time of a training step on one layer. `at: input`
 is what the papers' code has: one more x and a mask of its size in memory, and 1.3 (fp32) to 1.9 (bf16) times the step

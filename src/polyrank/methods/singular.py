@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..mixture import (
@@ -48,7 +48,7 @@ class SingularLinear(Mixture):
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
         if infers():
-            thin, up = self._folded(dtype, (self.reflections, self.router), lambda: self._fold(dtype))
+            thin, up = self._folded(dtype, (self,), lambda: self._fold(dtype))
             h, z = F.linear(x, thin).split((len(self.vt), len(thin) - len(self.vt)), -1)
         else:
             h, z, up = *self._directions(x), self._parts()[1]
@@ -136,7 +136,7 @@ def gated_product(
 class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         h: Tensor,
         offset: Tensor,
         z: Tensor | None,
@@ -150,7 +150,7 @@ class _GatedProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         h, offset, z, up, u = ctx.saved_tensors
         (dy,) = grads
         with torch.autocast(dy.device.type, enabled=False):

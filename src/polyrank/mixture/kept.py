@@ -1,13 +1,14 @@
 """Values that inference computes once and not in every forward: folded weights, gates of each task."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Value = TypeVar("Value")
-Place = tuple[dict[str, Tensor | None], str, Tensor, int, int]  # of a weight: where it stands, what it was
+Slots = Mapping[str, Tensor | None]
+Place = tuple[Slots, str, Tensor, int, int]  # of a weight: where it stands, what it was
 
 
 def infers() -> bool:
@@ -59,14 +60,14 @@ def drop_kept(model: nn.Module) -> None:
                 value.drop()
 
 
-def _weights(modules: Iterable[nn.Module | None]) -> Iterable[tuple[dict[str, Tensor | None], str, Tensor]]:
+def _weights(modules: Iterable[nn.Module | None]) -> Iterable[tuple[Slots, str, Tensor]]:
     for module in modules:
         for part in () if module is None else module.modules():
             for slots in (part._parameters, part._buffers):
                 yield from ((slots, key, weight) for key, weight in slots.items() if weight is not None)
 
 
-def _place(slots: dict[str, Tensor | None], key: str, weight: Tensor) -> Place | None:
+def _place(slots: Slots, key: str, weight: Tensor) -> Place | None:
     return None if weight.is_inference() else (slots, key, weight, weight._version, weight.data_ptr())
 
 
