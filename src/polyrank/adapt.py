@@ -16,6 +16,7 @@ from .blocks import Block, group
 from .files import Fingerprint, checked_name, difference, fingerprint, read_folder, write_folder
 from .joining import put_experts, saved_loras, task_parts, with_task
 from .methods import Method
+from .methods.base import Hears
 from .mixture import Mixture, RouteContext, Site
 from .places import Places, merge_into_bases
 from .saving import copy_weights, frozen_parts, load_frozen, method_fields, method_from, named_weights, projection
@@ -121,6 +122,25 @@ class Adapter:
         self._in_place()
         notes, self.context.notes = self.context.notes, {}
         return self.method.losses(notes)
+
+    @property
+    def hears(self) -> Hears:
+        """What ``losses`` looks at: nothing, sums over the samples of a forward, or its batch as a whole."""
+        return self.method.hears
+
+    @property
+    def mixes_samples(self) -> bool:
+        """Whether a sample's output depends on its neighbours, by a gate or, in training, by a norm over batches."""
+        norms = [m.training for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        return any(norms) or any("batch" in layer.reads for layer in self.layers.values())
+
+    def unheard(self) -> AbstractContextManager[None]:
+        """Forwards in the block leave nothing for ``losses`` and count nothing: another of the same samples does."""
+        return self.context.unheard()
+
+    def adding(self) -> AbstractContextManager[None]:
+        """After the block, ``losses`` are those of all its forwards together, if ``hears`` is "sums"."""
+        return self.context.adding()
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, object]]:
         self._in_place()

@@ -55,8 +55,11 @@ class Pass(ABC):
     """How the losses of a step's micro-batches become gradients. counts: N_t (T,) of the whole step, all processes."""
 
     @abstractmethod
-    def add(self, sums: Tensor, auxiliary: Tensor, present: Sequence[int]) -> None:
-        """S_t (T,) of one micro-batch with its graph, a method's own losses, and the tasks that have labels in it."""
+    def add(self, sums: Tensor, auxiliary: Tensor, present: Sequence[int], again: bool = False) -> None:
+        """S_t (T,) of one forward with its graph, a method's own losses, and the tasks that have labels in it.
+
+        again: a later one goes through this graph too.
+        """
 
     @abstractmethod
     def finish(self, means: Tensor) -> Tensor:
@@ -69,7 +72,7 @@ class Known(Pass):
     def __init__(self, factors: Tensor) -> None:
         self.factors = factors  # (T,)
 
-    def add(self, sums: Tensor, auxiliary: Tensor, present: Sequence[int]) -> None:
+    def add(self, sums: Tensor, auxiliary: Tensor, present: Sequence[int], again: bool = False) -> None:
         ((sums * self.factors).sum() + auxiliary).backward()
 
     def finish(self, means: Tensor) -> Tensor:
@@ -83,7 +86,7 @@ class AfterForward(Pass):
         self.combination, self.number, self.counts = combination, number, counts
         self.waiting: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, sums: Tensor, auxiliary: Tensor, present: Sequence[int]) -> None:
+    def add(self, sums: Tensor, auxiliary: Tensor, present: Sequence[int], again: bool = False) -> None:
         self.waiting.append((sums, auxiliary))
 
     def finish(self, means: Tensor) -> Tensor:
@@ -114,11 +117,12 @@ class Apart(Pass):
         self.shared, self.others = list(shared), list(others)
         self.stacks = [p.new_zeros(len(counts), *p.shape) for p in shared]  # (T, ...)
 
-    def add(self, sums: Tensor, auxiliary: Tensor, present: Sequence[int]) -> None:
+    def add(self, sums: Tensor, auxiliary: Tensor, present: Sequence[int], again: bool = False) -> None:
         every = [*self.shared, *self.others]
         for task in present:
             loss = sums[task] / self.counts[task]
-            grads = torch.autograd.grad(loss, every, retain_graph=True, allow_unused=True)
+            keep = again or task != present[-1] or auxiliary.requires_grad
+            grads = torch.autograd.grad(loss, every, retain_graph=keep, allow_unused=True)
             for stack, grad in zip(self.stacks, grads, strict=False):
                 if grad is not None:
                     stack[task] += grad

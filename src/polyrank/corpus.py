@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from polyrank.mixing import Pick
-from polyrank.reader import Reader
+from polyrank.reader import OF_THE_BATCH, Reader
 from polyrank.tasks import Examples, Row, Task
 
 
@@ -22,6 +22,16 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         inputs, labels = ({key: x.to(device) for key, x in group.items()} for group in (self.inputs, self.labels))
         return Batch(inputs, self.task_ids.to(device), labels)
+
+    def by_task(self, names: Sequence[str]) -> "list[Batch]":
+        """A batch for each task that occurs; names: of all tasks. The padding stays: each row is computed as it was."""
+        parts = []
+        for task, name in enumerate(names):
+            rows = (self.task_ids == task).nonzero().squeeze(1)
+            if len(rows):
+                inputs = {key: x if key in OF_THE_BATCH else x[rows] for key, x in self.inputs.items()}
+                parts.append(Batch(inputs, self.task_ids[rows], {name: self.labels[name]}))
+        return parts
 
 
 class Corpus:

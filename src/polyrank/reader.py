@@ -20,6 +20,9 @@ Side = Literal["left", "right"]
 Encoded = tuple[list[int], list[int]]  # token ids, and token type ids or nothing, or the positions of words
 
 
+OF_THE_BATCH = frozenset({"logits_to_keep"})  # inputs that are no rows of samples
+
+
 class Reader(ABC):
     """A tokenizer, the most tokens of a text, and the side on which longer ones are cut."""
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from polyrank.combining import AfterForward, Apart, Combination, Known, Pass
 from polyrank.corpus import Batch, Corpus
+from polyrank.forwards import TaskByTask, Whole, autocast
 from polyrank.history import Log
 from polyrank.mixing import Sampler
 from polyrank.models import MultiTaskModel
@@ -62,19 +63,16 @@ def backward(
     parts = total(torch.tensor(len(batches), device=device), accelerator)
     total_counts = total(counts.sum(0).to(device), accelerator)  # (T,)
     how = _pass(model, adapter, batches, total_counts, training, accelerator, combination, number)
+    forwards = (TaskByTask if isinstance(how, Apart) else Whole)(model, adapter, retaining, training.precision)
     sums, extra = like.new_zeros(len(model.tasks)), like.new_zeros(())
     if retaining is not None:
         retaining.begin(device)
     for batch, here in zip(batches, counts[1:], strict=True):
-        with autocast(device, training.precision):
-            answers = model(batch.inputs, batch.task_ids)
-        own = model.loss_sums(answers, batch.labels)  # (T,)
-        auxiliary = sum(adapter.losses().values(), torch.zeros_like(extra)) / parts
-        sums += own.detach()
-        if retaining is not None:
-            own = own + retaining.penalties(answers, batch.labels, own.detach() / here.to(own).clamp(min=1))
-        how.add(own, auxiliary, here.nonzero().flatten().tolist())
-        extra += auxiliary.detach()
+        for found in forwards.of(batch, here):
+            auxiliary = found.auxiliary / parts
+            how.add(found.objective, auxiliary, found.present, found.again)
+            sums += found.sums
+            extra += auxiliary.detach()
     sums, extra = total(sums, accelerator), total(extra, accelerator)
     means = sums / total_counts.clamp(min=1)
     factors = how.finish(means)
@@ -236,7 +234,3 @@ def share_weights(parameters: Sequence[nn.Parameter], accelerator: Accelerator) 
     if accelerator.num_processes > 1:
         for p in parameters:
             torch.distributed.broadcast(p.data, src=0)
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -23,13 +23,13 @@ from polyrank.combining import Combination
 from polyrank.corpus import Corpus
 from polyrank.evaluate import evaluate, mean
 from polyrank.files import fingerprint
+from polyrank.forwards import autocast
 from polyrank.history import History, Log
 from polyrank.mixing import stage_of
 from polyrank.models import HeadModel, MultiTaskModel
 from polyrank.retaining import Retaining
 from polyrank.step import (
     agreed,
-    autocast,
     backward_within_memory,
     check_parts,
     gradient_norm,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from polyrank.checkpoint import Checkpoint, CheckpointError, load_optimizer, newest, optimizer_tensors
 from polyrank.combining import Combination
 from polyrank.history import History, Log
+from polyrank.methods.base import Hears
 from polyrank.models import MultiTaskModel
 from polyrank.retaining import Retaining
 
@@ -19,6 +21,12 @@ class Trainable(Protocol):
     """What the loop needs of an adapter."""
 
     def losses(self) -> dict[str, Tensor]: ...
+    @property
+    def hears(self) -> Hears: ...
+    @property
+    def mixes_samples(self) -> bool: ...
+    def unheard(self) -> AbstractContextManager[None]: ...
+    def adding(self) -> AbstractContextManager[None]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]: ...
     @property

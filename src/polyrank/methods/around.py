@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..mixture import Mixture, Note
-from .base import STRICT, Method
+from .base import STRICT, Hears, Method
 
 FILLED = STRICT | {"validate_default": True}  # so that `of` has every field filled in
 
@@ -70,6 +70,10 @@ class AroundMethod(Method, ABC):
 
     def bank(self) -> Method | None:
         return self.method.bank()
+
+    @property
+    def hears(self) -> Hears:
+        return self.method.hears
 
     def losses(self, notes: Mapping[str, Sequence[Note]]) -> dict[str, Tensor]:
         return self.method.losses(notes)

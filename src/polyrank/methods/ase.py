@@ -72,6 +72,7 @@ class JointWatched(Around):
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ASE(Method):
     SIZE: ClassVar[str] = "num_experts * (rank * (I + O) + T * I)"
+    NOTES = "sums"
 
     num_experts: PositiveInt = 16
     """N, the shared ones included"""

@@ -31,6 +31,8 @@ from ..waiting import Waiting
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
+Hears = Literal["nothing", "sums", "batch"]
+
 NOT_FADED = "its router has not faded: train to the end of `fade`, with adapter.before_step(done) in a loop of your own"
 
 
@@ -48,6 +50,10 @@ class Method(ABC):
     # what it adapts; beside a block's, other linear layers that are targeted come as they are
     ADAPTS: ClassVar[Literal["linear layers", "feed-forward blocks"]] = "linear layers"
 
+    # what its layers note for `losses`: "sums" over samples, so that the notes of a batch's parts add up to its own, or
+    # what only the "batch" as a whole tells
+    NOTES: ClassVar[Literal["sums", "batch"]] = "batch"
+
     @property
     def starts_as_base(self) -> bool:
         """Whether the adapted model is the base before training."""
@@ -57,6 +63,11 @@ class Method(ABC):
     def settles(self) -> float:
         """The share of the training after which the layers are what they will be: no earlier state is the best one."""
         return 0.0
+
+    @property
+    def hears(self) -> Hears:
+        """What ``losses`` looks at: nothing, where there are none, or ``NOTES``."""
+        return "nothing" if type(self).losses is Method.losses else self.NOTES
 
     @abstractmethod
     def build(self, sites: Mapping[str, nn.Module], tasks: Sequence[str]) -> dict[str, Mixture]:

@@ -80,6 +80,7 @@ class Localized(Gate):
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoRAMoE(Method):
     SIZE: ClassVar[str] = "num_experts * (rank * (I + O) + I)"
+    NOTES = "sums"
 
     num_experts: PositiveInt = 8
     """N"""

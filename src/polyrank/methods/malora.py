@@ -69,6 +69,7 @@ class SubspaceExperts(Experts):
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MALoRA(Method):
     SIZE: ClassVar[str] = "subspace * I + num_experts * (rank * (subspace + O) + I)"
+    NOTES = "sums"
 
     num_experts: PositiveInt = 8
     """N"""

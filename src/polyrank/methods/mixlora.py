@@ -139,6 +139,7 @@ class MixtureFeedForward(FeedForwardMixture):
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MixLoRA(BlockMethod):
     SIZE: ClassVar[str] = "num_experts * (rank * ((1 + G) * (I + H) + H + O) + I)"
+    NOTES = "sums"
 
     num_experts: PositiveInt = 8
     """N"""

@@ -30,6 +30,7 @@ from .base import STRICT, Method, balance_loss, balanced_top_k
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MoLA(Method):
     SIZE: ClassVar[str] = "num_experts[l * len(num_experts) // L] * (rank * (I + O) + I)"
+    NOTES = "sums"
 
     num_experts: Annotated[tuple[PositiveInt, ...], MinLen(1)] = (2, 4, 6, 8)
     """E for each group of layers, from the first to the last; (8,) is the same everywhere"""

@@ -93,7 +93,8 @@ class RankSelector(Router):
         tasks = self.embedding()
         near = F.normalize(h.to(tasks.dtype), dim=-1) @ F.normalize(tasks, dim=-1).t()
         target = ids.reshape(-1)[:: max(1, ids.numel() // len(h))].expand(len(h))
-        return F.cross_entropy(near / self.temperature, target)
+        total = F.cross_entropy(near / self.temperature, target, reduction="sum")
+        return torch.stack([total, torch.full_like(total, len(h))])
 
     def active_parameters(self) -> int:
         return self.embedding.row_numel() + self.proj.numel() + self.bias.numel()
@@ -126,6 +127,7 @@ class Nested(Gate):
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MoRE(Method):
     SIZE: ClassVar[str] = "rank * (I + O) + T * I + rank * (I + 1)"
+    NOTES = "sums"
 
     rank: PositiveInt = 8
     """R, the largest rank"""
@@ -158,7 +160,10 @@ class MoRE(Method):
 
     def losses(self, notes: Mapping[str, Sequence[Note]]) -> dict[str, Tensor]:
         values = [value for _, value in notes.get("contrastive", ())]
-        return {"contrastive": self.contrastive * torch.stack(values).mean()} if values else {}
+        if not values:
+            return {}
+        total, count = torch.stack(values).unbind(-1)  # (layers,) each
+        return {"contrastive": self.contrastive * (total / count).mean()}
 
 
 def selected_ranks(layers: Mapping[str, Mixture]) -> dict[str, list[int]]:

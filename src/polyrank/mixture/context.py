@@ -32,7 +32,7 @@ class RouteContext:
         self._active: Route | None = None
         self._outer: list[Route | None] = []  # of a root forward inside another
         self._pinned: Route | None = None
-        self._replaying = False
+        self._replaying, self._heard, self._adding = False, True, False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (self.tasks, self.arguments)  # a copied or pickled model gets no graph tensors of this one
@@ -59,6 +59,7 @@ class RouteContext:
             route.task_ids, route.task = pinned.task_ids, pinned.task
         route.prompt = pinned.prompt if pinned is not None else None
         route.modality_ids = modality_ids
+        route.heard = self._heard
         self._active = route
         return args, kwargs
 
@@ -66,7 +67,8 @@ class RouteContext:
         """Forward hook of the root, called also after an error: nothing of this forward stays, but its notes."""
         finished, self._active = self._active, self._outer.pop()
         if not self._replaying:
-            self.notes = finished.notes if finished is not None and output is not None else {}
+            notes = finished.notes if finished is not None and output is not None else {}
+            self.notes = _added(self.notes, notes) if self._adding and self.notes else notes
 
     @contextmanager
     def on(self, task_ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[None]:
@@ -79,6 +81,24 @@ class RouteContext:
             yield
         finally:
             self._pinned, self._active, self._outer = before
+
+    @contextmanager
+    def unheard(self) -> Iterator[None]:
+        """The root's forwards inside the block leave no notes and count nothing, recomputations of them included."""
+        before, self._heard = self._heard, False
+        try:
+            yield
+        finally:
+            self._heard = before
+
+    @contextmanager
+    def adding(self) -> Iterator[None]:
+        """The notes of the root's forwards inside the block are added up, layer by layer."""
+        self.notes, self._adding = {}, True
+        try:
+            yield
+        finally:
+            self._adding = False
 
     def replay(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """``context_fn`` of ``torch.utils.checkpoint``: the recomputed layers see the route of their own forward."""
@@ -140,6 +160,11 @@ class _Replay(AbstractContextManager[None]):
 
     def __exit__(self, *error: object) -> None:
         self.context._active, self.context._replaying = self.before.pop()
+
+
+def _added(one: dict[str, list[Note]], other: dict[str, list[Note]]) -> dict[str, list[Note]]:
+    pairs = {kind: zip(notes, other[kind], strict=True) for kind, notes in one.items()}
+    return {kind: [(name, value + more) for (name, value), (_, more) in both] for kind, both in pairs.items()}
 
 
 def _blank(tasks: tuple[str, ...], arguments: tuple[str, ...]) -> RouteContext:

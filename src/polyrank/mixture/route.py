@@ -26,6 +26,7 @@ class Route:
     continues: bool = False  # a decoding step: the prompt is in the cache, not in this forward
     modality_ids: Tensor | None = None  # (B, L): which kind of token (text, image, ...) each one is
     once: dict[str, Tensor] = field(default_factory=dict)  # what is computed once for all layers of this forward
+    heard: bool = True  # whether its layers leave notes and count; not where another forward of these samples does
 
     def ids(self, x: Tensor, layer: str = "") -> Tensor:
         """Task ids that broadcast over the leading dimensions of ``x`` (..., I), the input of a layer.

@@ -75,7 +75,10 @@ class Site:
 
         A layer that no adapter put anywhere has none.
         """
-        return torch.is_grad_enabled() and bool(self.context.tasks) and self.context.route.batch is not None
+        if not torch.is_grad_enabled() or not self.context.tasks:
+            return False
+        route = self.context.route
+        return route.batch is not None and route.heard
 
     @property
     def replays(self) -> bool:

@@ -1,0 +1,109 @@
+"""The forwards that a micro-batch takes: one of all its samples, or one of each task's.
+
+A sample belongs to one task and is computed without its neighbours. So whoever wants the tasks' gradients apart need
+not go backward through the graph of all samples once for each task: every task's own samples, forward and backward,
+give its gradient. Together that is the work of one ordinary step, and holds one task's activations at a time.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from polyrank.corpus import Batch
+from polyrank.models import MultiTaskModel
+from polyrank.retaining import Retaining
+from polyrank.train_state import Trainable
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one forward gave."""
+
+    sums: Tensor  # S_t (T,), for the log
+    objective: Tensor  # S_t and what is added to it, (T,), with the graph
+    auxiliary: Tensor  # the method's own losses, (), with their graph
+    present: list[int]  # the tasks that have labels in it
+    again: bool = False  # whether a later one needs this one's graph
+
+
+class Forwards(ABC):
+    """How a micro-batch goes through the model."""
+
+    def __init__(self, model: MultiTaskModel, adapter: Trainable, retaining: Retaining | None, precision: str) -> None:
+        self.model, self.adapter, self.retaining, self.precision = model, adapter, retaining, precision
+
+    @abstractmethod
+    def of(self, batch: Batch, counts: Tensor) -> Iterator[Found]:
+        """Each forward, to be differentiated before the next one. counts: N_t (T,) of the micro-batch."""
+
+    def run(self, batch: Batch, counts: Tensor) -> Found:
+        """The samples of ``batch``, a micro-batch or a part of it; without auxiliary losses."""
+        with autocast(self.model.device, self.precision):
+            answers = self.model(batch.inputs, batch.task_ids)
+        sums = self.model.loss_sums(answers, batch.labels)  # (T,)
+        objective = sums
+        if self.retaining is not None:
+            means = sums.detach() / counts.to(sums).clamp(min=1)
+            objective = sums + self.retaining.penalties(answers, batch.labels, means)
+        present = [task for task in batch.task_ids.unique().tolist() if counts[task]]
+        return Found(sums.detach(), objective, self._no_loss(), present)
+
+    def auxiliary(self) -> Tensor:
+        """The sum () of the losses of which the last forward left notes."""
+        return sum(self.adapter.losses().values(), self._no_loss())
+
+    def _no_loss(self) -> Tensor:
+        return next(self.adapter.parameters()).new_zeros(())
+
+
+class Whole(Forwards):
+    """One forward of all samples."""
+
+    def of(self, batch: Batch, counts: Tensor) -> Iterator[Found]:
+        yield replace(self.run(batch, counts), auxiliary=self.auxiliary())
+
+
+class TaskByTask(Forwards):
+    """One forward of each task's samples, where samples are computed without each other and it is less work.
+
+    A method's own losses look at all samples. Where they look at sums over samples, those of the tasks are added, all
+    graphs are kept, and the losses go backward through them once more. Else the losses take one more forward of all, to
+    which the tasks' forwards add no notes.
+    """
+
+    def of(self, batch: Batch, counts: Tensor) -> Iterator[Found]:
+        hears, live = self.adapter.hears, int((counts > 0).sum())
+        # forward and backward passes of all samples, those of the method's losses left out where both ways have them:
+        # 1 + live in one forward; apart 2, or 3 with one more forward
+        if self.adapter.mixes_samples or live <= (2 if hears == "batch" else 1):
+            yield replace(self.run(batch, counts), auxiliary=self.auxiliary())
+            return
+        parts = batch.by_task([task.name for task in self.model.tasks])
+        if hears == "sums":
+            with self.adapter.adding():
+                found = [self.run(part, counts) for part in parts]
+            auxiliary = self.auxiliary()
+            yield from (replace(one, again=auxiliary.requires_grad) for one in found)
+            yield self._only(auxiliary)
+            return
+        if hears == "batch":
+            with autocast(self.model.device, self.precision):
+                self.model(batch.inputs, batch.task_ids)
+            yield self._only(self.auxiliary())
+        for part in parts:
+            with self.adapter.unheard() if hears == "batch" else nullcontext():
+                one = self.run(part, counts)
+            yield one
+
+    def _only(self, auxiliary: Tensor) -> Found:
+        """The method's own losses, of no task."""
+        none = self._no_loss().expand(len(self.model.tasks))
+        return Found(none, none, auxiliary, [])
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
