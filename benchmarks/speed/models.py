@@ -228,13 +228,13 @@ def _decoding(model: Callable[..., object], prompt: Tensor, more: dict[str, Tens
     @torch.no_grad()
     def run() -> None:
         model(input_ids=prompt[:, :1], past_key_values=cache, use_cache=True, **more)
-        cache.crop(prompt.shape[1])
+        cache.crop(-1)
 
     return run
 
 
 def merging(found: Findings, quick: bool) -> None:
-    """Errors of a merged fp32 model, whether the base comes back bit for bit, and what a bf16 merge keeps of a delta."""
+    """Errors of a merged fp32 model, whether the base comes back bit for bit, and what a bf16 merge loses."""
     plain = llama(torch.float32).eval()
     tokens = torch.randint(1000, (2, 32), generator=torch.Generator().manual_seed(0))
     before = {name: p.clone() for name, p in plain.named_parameters()}
