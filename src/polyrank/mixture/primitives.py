@@ -10,6 +10,7 @@ matrices and the weight are cast down, activations never up; a 64-bit input stay
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class _BaseShrink(torch.autograd.Function):
         dy, dz = grads
         dy = dy.reshape(-1, dy.shape[-1])
         dx, da = None, [None] * len(parts)
-        with torch.autocast(x.device.type, enabled=False):  # the dtypes were settled in the forward
+        with _settled(x):  # the dtypes were, in the forward
             a = _stacked(parts, x.dtype)
             if ctx.needs_input_grad[0]:
                 dx = _add_products_((dy @ weight.to(dy.dtype)).view(x.shape), dz, a)
@@ -56,10 +57,20 @@ class _Expand(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, b = ctx.saved_tensors
         (dy,) = grads
-        with torch.autocast(dy.device.type, enabled=False):  # the scale on what has the size of a weight
-            dq = thin_products(dy, (ctx.scale * b).to(dy.dtype)) if ctx.needs_input_grad[1] else None
-            db = ctx.scale * _outer(q, dy, b).to(b.dtype) if ctx.needs_input_grad[2] else None
+        with _settled(dy):  # the scale on what has the size of a weight
+            dq = thin_products(dy, _scaled(b, ctx.scale).to(dy.dtype)) if ctx.needs_input_grad[1] else None
+            db = _scaled(_outer(q, dy, b).to(b.dtype), ctx.scale) if ctx.needs_input_grad[2] else None
         return dy, dq, db, None
+
+
+def _settled(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast. Turning it off takes longer than asking whether it is on."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _scaled(b: Tensor, scale: float) -> Tensor:
+    return b if scale == 1 else b * scale
 
 
 def _stacked(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
