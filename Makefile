@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INPUTS := pyproject.toml constraints-dev.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test slow lint format cards docs build clean
+.PHONY: help setup quickstart test slow lint bench format cards docs build clean
 
 help: ## this list
 	@echo "Polyrank. The targets set up $(VENV) by themselves; start with 'make quickstart'."
@@ -49,6 +49,10 @@ lint: $(VENV)/.dev ## ruff (rules and format) and pyright
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/pyright
+
+bench: $(VENV)/.dev ## the speed suite beside PEFT and naive loops, into docs/results (about half an hour on one core)
+	@$(PIP) install -c constraints-dev.txt -e '.[all,bench]'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed docs/results
 
 format: $(VENV)/.dev ## let ruff mend what it can
 	@$(BIN)/ruff check --fix

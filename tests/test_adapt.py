@@ -190,6 +190,36 @@ def test_a_failing_merge_leaves_the_model_as_it_was(monkeypatch):
     assert torch.equal(net(inputs(4, 5, 16)), y)
 
 
+@pytest.mark.parametrize(("size", "least", "most"), [(0.1, 0.01, 0.03), (0.001, 0.6, 1.0)])
+def test_merging_into_16_bits_says_what_is_lost_of_the_change(size, least, most, caplog):
+    """Of the change, not of the weight: bf16 has 8 bits, and a change of a thousandth of the weight hardly counts."""
+    torch.manual_seed(0)
+    net = Net().to(torch.bfloat16)
+    adapter = adapt(net, LoRA(rank=4, alpha=4), tasks=["a"], targets=["q"])
+    layer = adapter.layers["q"]
+    nn.init.normal_(layer.experts.lora_B)
+    before = layer.weight.detach().float().clone()
+    with torch.no_grad():
+        layer.experts.lora_B *= size * before.norm() / (layer.task_weight(0) - before).norm()
+    exact = layer.task_weight(0)
+    told = adapter.lost_by_merging("a")
+    assert least < told["q"] < most
+    with caplog.at_level("WARNING", "polyrank"):
+        merged = adapter.merge("a")
+    lost = (merged.q.weight.float() - exact).norm() / (exact - before).norm()
+    assert_close(torch.tensor(told["q"]), lost, atol=1e-4, rtol=1e-3)
+    assert f"{100 * told['q']:.1f} % in q" in caplog.text and "model.float()" in caplog.text
+
+
+def test_merging_as_finely_as_the_adapter_loses_nothing(caplog):
+    adapter = adapt(Net(), LoRA(), tasks=["a"], targets=["q"])
+    nn.init.normal_(adapter.layers["q"].experts.lora_B)
+    assert adapter.lost_by_merging("a") == {}
+    with caplog.at_level("WARNING", "polyrank"):
+        adapter.merge("a")
+    assert caplog.text == ""
+
+
 def test_one_string_is_no_list_of_tasks():
     with pytest.raises(ValueError, match="give a list"):
         adapt(Net(), LoRA(), tasks="news")

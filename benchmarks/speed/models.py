@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -124,7 +125,7 @@ def by_turns(model: nn.Module, given: dict[str, Tensor]) -> Candidate:
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     parts = [{key: value[i :: len(names)] for key, value in given.items()} for i in range(len(names))]
-    layers = [m for m in wrapped.modules() if hasattr(m, "lora_A") and hasattr(m, "_active_adapter")]
+    layers = [m for m in wrapped.modules() if isinstance(m, LoraLayer)]
 
     def run() -> None:
         for name, part in zip(names, parts, strict=True):

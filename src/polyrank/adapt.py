@@ -18,7 +18,7 @@ from .joining import put_experts, saved_loras, task_parts, with_task
 from .methods import Method
 from .methods.base import Hears
 from .mixture import Mixture, RouteContext, Site
-from .places import Places, merge_into_bases
+from .places import Places, lost_by_rounding, merge_into_bases
 from .saving import copy_weights, frozen_parts, load_frozen, method_fields, method_from, named_weights, projection
 from .summary import Summary, summarise
 
@@ -351,6 +351,9 @@ class Adapter:
     def merge(self, task: str) -> nn.Module:
         """Turn the model into the plain model of one task: each adapted layer becomes one weight. The adapter is spent.
 
+        A base in 16 bits rounds the change with the weight, and a small change may be lost: the log warns, and
+        ``lost_by_merging`` tells before. ``model.float()`` first keeps it.
+
         Raises:
             ValueError: an unknown task, or a gate that depends on the input; the model is unchanged.
         """
@@ -359,6 +362,19 @@ class Adapter:
         self._restore_base()
         merge_into_bases(self.layers, index)
         return self.remove()
+
+    def lost_by_merging(self, task: str) -> dict[str, float]:
+        """By layer, the share of the change of its weight that ``merge`` would lose by rounding to the base's dtype.
+
+        Empty where the base is as fine as the adapter.
+
+        Raises:
+            ValueError: an unknown task, or a gate that depends on the input.
+        """
+        self._in_place()
+        index = int(self.task_ids(task)[0])
+        self._restore_base()
+        return lost_by_rounding(self.layers, index)
 
     def summary(self) -> Summary:
         """Parameters, cost and mergeability; ``print`` it."""

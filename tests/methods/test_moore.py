@@ -102,3 +102,45 @@ def test_factors(shape, dtype, tmp_path, monkeypatch):
 def test_a_weight_without_svd_is_refused():
     with pytest.raises(ValueError, match="NaN"):
         factorise(torch.full((3, 3), float("nan")))
+
+
+@pytest.mark.parametrize("router", ["token", "sample", "task"])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_the_layer_equals_plain_autograd(router, tokens):
+    """Fewer tokens than directions and more: P is folded into x, or into V. The gate is made again for gradients."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 10).double())
+    method = MoORE(router=router, router_dim=3, task_dim=4, num_reflections=4)
+    adapter = adapt(net, method, tasks=["a", "b"], targets="0")
+    for p in adapter.parameters():
+        nn.init.normal_(p, std=0.5)
+    layer, trained = adapter.layers["0"], list(adapter.parameters())
+    x = torch.randn(2, tokens, 12).double().requires_grad_()
+    ids, dy = torch.tensor([1, 0]), torch.randn(2, tokens, 10).double()
+
+    def plain():
+        routers = [layer.router] if router == "task" else list(layer.router.routers)
+        logits = (torch.stack(routers[0].embedding.each()) @ routers[0].proj.T)[ids][:, None]
+        if router != "task":
+            seen = x if router == "token" else x.mean(1, keepdim=True)
+            logits = logits + seen @ routers[1].down.T @ routers[1].up.T
+        h = x @ layer.reflections.matrix() @ layer.vt.T
+        return (torch.relu(layer.sigma + logits) * h) @ layer.u.T + layer.bias
+
+    y, want = net(x, task_ids=ids), plain()
+    assert_close(y, want, atol=1e-10, rtol=1e-10)
+    got = torch.autograd.grad(y, [x, *trained], dy)
+    assert_close(got, torch.autograd.grad(want, [x, *trained], dy), atol=1e-9, rtol=1e-9)
+    with torch.no_grad():
+        net.eval()
+        assert_close(net(x, task_ids=ids), want, atol=1e-10, rtol=1e-10)
+
+
+def test_the_layer_is_differentiable_once_and_says_so():
+    net = nn.Sequential(nn.Linear(12, 10))
+    adapter = adapt(net, MoORE(router_dim=3), tasks=["a"], targets="0")
+    x = torch.randn(2, 12, requires_grad=True)
+    (g,) = torch.autograd.grad(net(x, task_ids=torch.tensor([0])).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+    assert adapter.layers

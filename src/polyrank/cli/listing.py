@@ -1,12 +1,14 @@
-"""What there is: schema, methods, combiners."""
+"""What there is, and what it costs: schema, methods, combiners, bench."""
 
 import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from polyrank.cli.app import app, user_errors
+from polyrank.cli.app import app, as_recipe_errors, user_errors
 
 
 @app.command()
@@ -87,3 +89,64 @@ def combiners(name: Annotated[str | None, typer.Argument(help="One combiner, wit
             paper = " ".join(header(kind).split("\n\n")[0].split()).partition(" https")[0]
             table.add_row(key, paper, kind.needs, ", ".join(explained(kind)))
         Console().print(table, markup=False)
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[METHOD]...", help="Methods; some by default.")] = None,
+    width: Annotated[int, typer.Option(min=8, help="Features of the frozen block; four times as many inside.")] = 768,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens in a step, in 8 samples.")] = 1024,
+    tasks: Annotated[int, typer.Option(min=1, help="Tasks in the batch.")] = 4,
+    dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="On a processor. One counts its own time: steadier.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.1, help="For each of two comparisons.")] = 20.0,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
+) -> None:
+    """Measure what methods cost on this machine, on one frozen feed-forward block, beside each other.
+
+    [bold]polyrank bench lora moore ase --width 2048 --dtype bfloat16[/]
+
+    The time of each is divided by the frozen block's in the same round; the median of all rounds and the quartiles are
+    shown. Methods have their defaults. The project's own suite, with its peers, is `make bench` in a checkout.
+    """
+    with user_errors(), as_recipe_errors():
+        import torch
+        from rich.table import Table
+
+        from polyrank.bench import bench as measured
+        from polyrank.methods import METHODS
+        from polyrank.recipe import RecipeError
+        from polyrank.recipe.schema import nearest
+
+        chosen = names or ["lora", "task_lora", "more", "hydralora", "mola", "ase", "moore_topk", "moore"]
+        for name in chosen:
+            if name not in METHODS:
+                raise RecipeError(f"unknown method {name!r}{nearest(name, METHODS)}")
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if dtype not in dtypes:
+            raise RecipeError(f"--dtype {dtype}: one of {', '.join(dtypes)}")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise RecipeError("--device cuda: torch sees no GPU here; leave it out, or install torch with CUDA")
+        if out is not None and not out.absolute().parent.is_dir():
+            raise RecipeError(f"--out {out}: there is no folder {out.absolute().parent}")
+        torch.set_num_threads(threads)
+        sizes = {"width": width, "tokens": tokens, "tasks": tasks}
+        costs = measured(
+            {name: METHODS[name]() for name in chosen}, **sizes, dtype=dtypes[dtype], device=device, seconds=seconds
+        )
+        table = Table()
+        for head in ("method", "trained weights", "training step", "forward", "kept", "alive"):
+            table.add_column(head, no_wrap=True)
+        for name, cost in costs.items():
+            row = f"{cost.weights:,}", str(cost.training), str(cost.forward), f"{cost.kept:.2f}", f"{cost.alive:.2f}"
+            table.add_row(name, *row)
+        Console().print(table)
+        typer.echo(
+            "in units of the frozen block: times as medians (and quartiles) of the ratios of same rounds; kept, for\n"
+            "the backward pass, and alive, at most at once in a step, are bytes"
+        )
+        if out is not None:
+            found = {name: asdict(cost) for name, cost in costs.items()}
+            settings = sizes | {"dtype": dtype, "device": device, "threads": threads, "torch": torch.__version__}
+            out.write_text(json.dumps({"settings": settings, "costs": found}, indent=1) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..mixture import (
+    BY_TASK,
     Kept,
     Mixture,
     Reflections,
@@ -43,18 +44,30 @@ class SingularLinear(Mixture):
         self.register_buffer("u", factors.u.to(dtype), persistent=False)  # (O, K)
         self.register_buffer("vt", factors.vt.to(dtype), persistent=False)  # (K, I)
         self.register_buffer("sigma", factors.sigma, persistent=False)  # (K,)
-        self._folded: Kept[tuple[Tensor, Tensor | None]] = Kept()
+        self._folded: Kept[tuple[Tensor, Tensor | None, Tensor | None]] = Kept()
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = compute_dtype(x)
         if infers():
-            thin, up = self._folded(dtype, (self,), lambda: self._fold(dtype))
-            h, z = F.linear(x, thin).split((len(self.vt), len(thin) - len(self.vt)), -1)
+            return self._infer(x)
+        h, z = self._directions(x)
+        of_sample, up = self._parts()
+        offset = self.sigma + of_sample(x, z, self.site)
+        bias = None if self.bias is None else self.bias.to(h.dtype)
+        return gated_product(h, offset, None if up is None else z, up, self.u.to(h.dtype), bias)
+
+    def _infer(self, x: Tensor) -> Tensor:
+        """The forward without gradients: P is folded into V, and the offset of each task is computed once."""
+        dtype = compute_dtype(x)
+        thin, up, offsets = self._folded((dtype, self.site.context.tasks), (self,), lambda: self._fold(dtype))
+        h = F.linear(x, thin)
+        h, z = h.split((len(self.vt), len(thin) - len(self.vt)), -1)
+        if offsets is None:  # it reads the sample
+            offset = (self.sigma + self.router(x, z, self.site)).to(dtype)
         else:
-            h, z, up = *self._directions(x), self._parts()[1]
-        offset = self.sigma + self._parts()[0](x, z, self.site)
+            task = self.site.task
+            offset = F.embedding(self.site.ids(x), offsets) if task is None else offsets[task]
         bias = None if self.bias is None else self.bias.to(dtype)
-        return gated_product(h, offset, None if up is None else z, up, self.u.to(dtype), bias)
+        return F.linear(_gate(offset, None if up is None else z, up).mul(h), self.u.to(dtype), bias)
 
     def _directions(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """V'P'x (..., K), and the thin products of the router's rows with x."""
@@ -69,11 +82,17 @@ class SingularLinear(Mixture):
         thin, z = z.split(sizes, -1)
         return expand_(h, thin, -core @ F.linear(rows.to(self.vt.dtype), self.vt).to(rows.dtype)), z  # P folded into V
 
-    def _fold(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """V'P' with the router's rows below, and its second matrix, for inference."""
-        vt, extra, up = self.experts()[1], self.router.rows(), self._parts()[1]
+    def _fold(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """V'P' with the router's rows below, its second matrix, and sigma + the logits of each task, (T, K)."""
+        vt, extra = self.experts()[1], self.router.rows()
         thin = vt if extra is None else torch.cat([vt, extra.to(vt.dtype)])
-        return thin.to(dtype), None if up is None else up.to(dtype)
+        of_sample, up = self._parts()
+        offsets = None
+        if of_sample.reads == BY_TASK and self.site.context.tasks:
+            samples = vt.new_zeros(len(self.site.context.tasks), 1, vt.shape[1])
+            offsets = self.sigma + of_sample(samples, samples[..., :0], self.site.of_all(vt.device)).flatten(0, -2)
+            offsets = offsets.to(dtype)
+        return thin.to(dtype), None if up is None else up.to(dtype), offsets
 
     def _parts(self) -> tuple[Router, Tensor | None]:
         """The router that is one for all tokens of a sample, and the second matrix (K, D) of one that reads each."""

@@ -47,7 +47,11 @@ from .linear import (
     context_of as context_of,
     run as run,
 )
-from .low_rank import LowRankMixture as LowRankMixture, MixtureLinear as MixtureLinear
+from .low_rank import (
+    BY_TASK as BY_TASK,
+    LowRankMixture as LowRankMixture,
+    MixtureLinear as MixtureLinear,
+)
 from .primitives import base_shrink as base_shrink, compute_dtype as compute_dtype, expand_ as expand_
 from .reflections import Reflections as Reflections
 from .route import Note as Note, Route as Route
