@@ -64,7 +64,7 @@ class SingularLinear(Mixture):
         if offsets is None:  # it reads the sample
             offset = (self.sigma + self.router(x, z, self.site)).to(dtype)
         else:
-            task = self.site.task
+            task = self.site.task(x)
             offset = F.embedding(self.site.ids(x), offsets) if task is None else offsets[task]
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(_gate(offset, None if up is None else z, up).mul(h), self.u.to(dtype), bias)

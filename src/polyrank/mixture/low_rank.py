@@ -57,7 +57,7 @@ class LowRankMixture(Mixture, ABC):
         dtype, parts = compute_dtype(x), tuple(self._modules.values())
         reads, loras = self._loras((dtype, parts), parts, lambda: (self.reads, {}))
         if reads <= BY_TASK:  # one linear function of each task
-            task = self.site.task if reads else 0
+            task = self.site.task(x) if reads else 0
             if task is not None:
                 if task not in loras:
                     if len(loras) == MOST_KEPT:

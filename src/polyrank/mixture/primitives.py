@@ -79,10 +79,9 @@ def _stacked(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def thin_products(x: Tensor, rows: Tensor) -> Tensor:
     """x rows': (..., I) with rows (R, I), or (N, R, I) of N equal parts of x."""
-    if rows.ndim == 3:
-        z = torch.bmm(x.reshape(len(rows), -1, x.shape[-1]), rows.transpose(1, 2))
-    else:
-        z = F.linear(x.reshape(-1, x.shape[-1]), rows)
+    if rows.ndim == 2:
+        return F.linear(x, rows)
+    z = torch.bmm(x.reshape(len(rows), -1, x.shape[-1]), rows.transpose(1, 2))
     return z.view(*x.shape[:-1], rows.shape[-2])
 
 

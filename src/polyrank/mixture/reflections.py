@@ -7,9 +7,11 @@ Source of the parametrisation: HRA (Yuan et al., 2024), https://arxiv.org/abs/24
 equal, so each pair cancels and P starts as the identity.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
 
 class Reflections(nn.Module):
@@ -28,16 +30,45 @@ class Reflections(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(rows, core), with P = I - rows' core rows. rows: (L, I); core: (L, L)."""
-        v = self.vectors
-        exact = v.dtype if v.device.type == "mps" else torch.float64  # so that what cancels does: L x I is small
-        u = F.normalize(v.to(exact), dim=-1)
-        eye = torch.eye(len(u), device=u.device, dtype=exact)
-        t = torch.linalg.solve_triangular(torch.triu(u @ u.t(), 1) + 0.5 * eye, eye, upper=True)  # (L, L)
-        second = torch.kron(eye[::2, ::2], eye[:2, :2].roll(1, 1).triu())  # (u_1, u_2) -> (u_2, 0); not from the host
-        pair, back = eye - second, eye + second
-        return (pair @ u).to(v.dtype), (back.t() @ t @ back).to(v.dtype)  # u = back (pair u)
+        return _Factors.apply(self.vectors)  # type: ignore[return-value]
 
     def matrix(self) -> Tensor:
         """P (I, I), dense."""
         rows, core = self.factors()
         return torch.eye(rows.shape[1], device=rows.device, dtype=rows.dtype) - rows.t() @ core @ rows
+
+
+class _Factors(torch.autograd.Function):
+    """In fp64, so that what cancels does: L x I is small. Written out, because autograd's own takes four times as long.
+
+    u = v / |v|,  M = I/2 + striu(u u'),  T = M^-1,  rows = F u,  core = B' T B,  with F (u1, u2) = (u1 - u2, u2) and
+    B = F^-1 on each pair of neighbours.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor]:
+        exact = v.to(v.dtype if v.device.type == "mps" else torch.float64)
+        length = exact.norm(dim=-1, keepdim=True)
+        u = exact / length
+        m = (u @ u.t()).triu_(1)
+        m.diagonal().add_(0.5)
+        t = torch.linalg.solve_triangular(m, torch.eye(len(u), device=u.device, dtype=u.dtype), upper=True)
+        ctx.save_for_backward(u, length, t)
+        rows, core = u.clone(), t.clone()
+        rows[::2] -= u[1::2]
+        core[:, 1::2] += core[:, ::2]
+        core[1::2] += core[::2]
+        return rows.to(v.dtype), core.to(v.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # type: ignore[override]
+        u, length, t = ctx.saved_tensors
+        drows, dcore = (grad.to(u.dtype, copy=True) for grad in grads)
+        dcore[::2] += dcore[1::2]
+        dcore[:, ::2] += dcore[:, 1::2]
+        dm = (t.t() @ dcore @ t.t()).triu_(1).neg_()
+        drows[1::2] -= drows[::2]
+        du = drows.addmm_(dm + dm.t(), u)
+        du = (du - (du * u).sum(-1, keepdim=True) * u).div_(length)
+        return du.to(grads[0].dtype)

@@ -21,10 +21,18 @@ class Site:
     def ids(self, x: Tensor) -> Tensor:
         return self.context.route.ids(x, self.name)
 
-    @property
-    def task(self) -> int | None:
-        """The one task of all samples of this forward, where that is known without waiting for the device."""
-        return self.context.route.task
+    def task(self, x: Tensor) -> int | None:
+        """The one task of all samples in ``x`` (..., I), where that is known without waiting for the device.
+
+        Raises:
+            ValueError: the ids do not fit x; see ``Route.ids``.
+        """
+        route = self.context.route
+        if route.task is not None and route.task_ids is not None:
+            leading, given = x.shape[:-1], route.task_ids.shape
+            if len(given) != 1 or not leading or leading[0] % given[0]:
+                route.ids(x, self.name)
+        return route.task
 
     def mask(self, x: Tensor) -> Tensor | None:
         return self.context.route.mask(x, self.stream)
