@@ -20,15 +20,15 @@ from .comparing import Findings
 SECTIONS: dict[str, Callable[[Findings, bool], None]] = {
     "pairs": layers.pairs,
     "memory": layers.memory,
+    "steps": models.six_layers,
     "dispatch": layers.rule,
     "growth": layers.growth,
-    "steps": models.six_layers,
     "real": models.real,
     "answers": models.answers,
     "merging": models.merging,
     "loading": models.loading,
-    "compiled": models.compiled,
     "grid": layers.grid,
+    "compiled": models.compiled,
 }
 
 

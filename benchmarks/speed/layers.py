@@ -58,7 +58,7 @@ def grid(found: Findings, quick: bool) -> None:
         }
         for mode, how in MODES.items():
             candidates = {name: how(layer, x) for name, layer in layers.items()}
-            found.add(f"layer, {mode}", case(dtype, size, tokens), candidates, rounds=11, enough=3)
+            found.add(f"layer, {mode}", case(dtype, size, tokens), candidates, rounds=9, enough=2)
             for layer in layers.values():
                 layer.train()
 
