@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.speed docs/results
 
 writes docs/results/speed_<processor>_<date>.md, .json and .svg; about half an hour on one core. `--only` takes
-sections, of which the first run is the least disturbed; `--quick` takes fewer rounds and sizes, for a look.
+sections, and a page of the same day keeps what the others found; `--quick` takes fewer rounds and sizes, for a look.
 """
 
 import argparse

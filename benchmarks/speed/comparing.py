@@ -1,6 +1,7 @@
 """What a section of the suite finds, and how candidates are built."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,19 @@ class Count:
 class Findings:
     comparisons: list[Comparison] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
+
+    def with_older(self, data: dict[str, Any]) -> "Findings":
+        """These, and those of an earlier run (``asdict`` of its findings) that this one has not made again."""
+        mine = {(one.section, one.case) for one in (*self.comparisons, *self.counts)}
+        timed = [
+            Comparison(one["section"], one["case"], {k: Timing(tuple(t["seconds"])) for k, t in one["timings"].items()})
+            for one in data["comparisons"]
+        ]
+        counted = [Count(**one) for one in data["counts"]]
+        return Findings(
+            [*(one for one in timed if (one.section, one.case) not in mine), *self.comparisons],
+            [*(one for one in counted if (one.section, one.case) not in mine), *self.counts],
+        )
 
     def add(self, section: str, case: str, candidates: dict[str, Candidate], *, rounds: int, enough: float) -> None:
         self.comparisons.append(Comparison(section, case, compare(candidates, rounds=rounds, enough=enough)))

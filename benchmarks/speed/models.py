@@ -102,7 +102,7 @@ def six_layers(found: Findings, quick: bool) -> None:
             "PEFT LoRA r8": step(peft(fresh()), given),
             "LoRA r8": our(fresh(), LoRA(), given),
             "mixture 8 x r8, top 2": our(fresh(), MoLA(num_experts=(8,), balance=0), given),
-            "mixture 8 x r8": our(fresh(), LoRAMoE(num_experts=8, rank=8), given),
+            "mixture 8 x r8": our(fresh(), LoRAMoE(num_experts=8, rank=8, balance=0), given),
             "loop over 8 experts": step(replaced(fresh(), lambda base: peers.LoopMixture(base, 8, 8)), given),
             "MixLoRA": our(fresh(), MixLoRA(balance=0), given),
             "MixLoRA, released": step(naive_mixlora(fresh()), given),
@@ -300,7 +300,7 @@ def compiled(found: Findings, quick: bool) -> None:
     candidates: dict[str, Candidate] = {}
     for whole, name in ((False, "eager"), (True, "compiled")):
         candidates[f"PEFT LoRA r8, {name}"] = one(peft(copy.deepcopy(plain)), {}, whole=whole)
-        for label, method in (("LoRA r8", LoRA()), ("mixture 8 x r8", LoRAMoE(num_experts=8, rank=8))):
+        for label, method in (("LoRA r8", LoRA()), ("mixture 8 x r8", LoRAMoE(num_experts=8, rank=8, balance=0))):
             model = copy.deepcopy(plain)
             adapt(model, method, tasks=TASKS, targets=LINEARS)
             candidates[f"{label}, {name}"] = one(model, {}, whole=whole)

@@ -121,6 +121,8 @@ def save(found: Findings, folder: Path) -> Path:
     here = machine()
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"{name_of(here)}.md"
+    if page.with_suffix(".json").exists():
+        found = found.with_older(json.loads(page.with_suffix(".json").read_text()))
     page.write_text(written(found, here))
     data = {"machine": here, **asdict(found)}
     page.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
