@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from .comparing import Comparison, Findings
-from .limits import counted, timed
+from .limits import counted, reasons, timed
 
 PROTOCOL = """All candidates of a table ran in turn, in a new random order each round, in one process. A figure is the
 median over the rounds of the ratio to the first column in the same round, with its quartiles; on one thread time is the
@@ -74,7 +74,10 @@ def written(found: Findings, here: dict[str, str]) -> str:
     lines = ["# Speed", "", PROTOCOL, ""]
     lines += table(["", ""], [[key, value] for key, value in here.items()])
     lines += ["## What the project holds itself to", ""]
-    lines += table(["", "ratio", "", "found", "at most"], [*timed(found), *counted(found)])
+    held = [*timed(found), *counted(found)]
+    lines += table(["", "ratio", "", "found", "at most"], held)
+    if missed := reasons(held):
+        lines += ["Over, the causes as far as they are known, and what was tried:", "", *missed, ""]
     for section in dict.fromkeys(one.section for one in found.comparisons):
         lines += [f"## {section[0].upper()}{section[1:]}", ""]
         if section == "growth":
