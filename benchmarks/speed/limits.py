@@ -73,13 +73,13 @@ LIMITS = [
 
 
 MASTERS = (
-    "In bf16 our masters are fp32, cast down in each step and their gradients up; PEFT's best has bf16 adapters. Tried: "
-    "casting inside the primitives, a padded softmax, gates spread by a product (all kept); thin products padded to 16 "
-    "or 32 columns (no gain that repeats)."
+    "In bf16 our masters are fp32, cast down in each step and their gradients up; PEFT's best has bf16 adapters. "
+    "Tried: casting inside the primitives, a padded softmax, gates spread by a product (all kept); thin products padded "
+    "to 16 or 32 columns (no gain that repeats)."
 )
 PASSES = (
-    "A loop pays in passes over memory. Here they are cheap beside bf16 products: it takes 6 to 10 times a frozen layer, "
-    "and took 11 where the target was set."
+    "A loop pays in passes over memory. Here they are cheap beside bf16 products: it takes 6 to 10 times a frozen "
+    "layer, and took 11 where the target was set."
 )
 REASONS = {
     "S1": MASTERS,
@@ -89,12 +89,12 @@ REASONS = {
     "S7": "0.27 of the bf16 peak are the fp32 gradients of A and B, which do not grow with the tokens.",
     "S8": "Sixteen parameters and two gathers against PEFT's two parameters. " + PASSES,
     "S9": "The gate is one more pass over (tokens, R), and MoRE has a selector to train. " + MASTERS + " " + PASSES,
-    "S10": "Known in part: the reflections' factors are small nodes in fp64. Tried: their gradients written out (1.04 to "
-    "0.38 ms a layer of 384, kept), one product for the logits of a batch's tasks (kept).",
-    "S13": "About half of the time on one token are the two products themselves. Tried: V'P' and the router's rows in one "
-    "matrix, and the offsets of all tasks computed once (both kept).",
-    "S14": "Never measured before. A mixture of as many ranks takes 1.5 already; the reflections' factors are made three "
-    "times in a step, and gradients of the frozen rows of A and B are computed for nothing. Not tried yet.",
+    "S10": "Known in part: the reflections' factors are small nodes in fp64. Tried: their gradients written out (1.04 "
+    "to 0.38 ms a layer of 384, kept), one product for the logits of a batch's tasks (kept).",
+    "S13": "About half of the time on one token are the two products themselves. Tried: V'P' and the router's rows in "
+    "one matrix, and the offsets of all tasks computed once (both kept).",
+    "S14": "Never measured before. A mixture of as many ranks takes 1.5 already; the reflections' factors are made "
+    "three times in a step, and gradients of the frozen rows of A and B are computed for nothing. Not tried yet.",
     "S15": "As S3 and S10; beside a loop as S4.",
     "S16": "Four tasks' adapters have four times PEFT's weights, for AdamW too; and as S8.",
 }
