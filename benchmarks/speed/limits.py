@@ -74,8 +74,8 @@ LIMITS = [
 
 MASTERS = (
     "In bf16 our masters are fp32, cast down in each step and their gradients up; PEFT's best has bf16 adapters. "
-    "Tried: casting inside the primitives, a padded softmax, gates spread by a product (all kept); thin products padded "
-    "to 16 or 32 columns (no gain that repeats)."
+    "Tried: casting inside the primitives, a padded softmax, gates spread by a product (all kept); thin products "
+    "padded to 16 or 32 columns (no gain that repeats)."
 )
 PASSES = (
     "A loop pays in passes over memory. Here they are cheap beside bf16 products: it takes 6 to 10 times a frozen "
