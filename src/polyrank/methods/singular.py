@@ -62,12 +62,12 @@ class SingularLinear(Mixture):
         h = F.linear(x, thin)
         h, z = h.split((len(self.vt), len(thin) - len(self.vt)), -1)
         if offsets is None:  # it reads the sample
-            offset = (self.sigma + self.router(x, z, self.site)).to(dtype)
+            offset = self.sigma + self.router(x, z, self.site)
         else:
             task = self.site.task(x)
             offset = F.embedding(self.site.ids(x), offsets) if task is None else offsets[task]
         bias = None if self.bias is None else self.bias.to(dtype)
-        return F.linear(_gate(offset, None if up is None else z, up).mul(h), self.u.to(dtype), bias)
+        return gated_product(h, offset, None if up is None else z, up, self.u.to(dtype), bias)
 
     def _directions(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """V'P'x (..., K), and the thin products of the router's rows with x."""
