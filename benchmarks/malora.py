@@ -7,13 +7,13 @@ process; the median of the ratios of neighbouring steps is printed.
 """
 
 import argparse
-import time
-from statistics import median, quantiles
+from functools import partial
 
 import torch
 from torch import nn
 
 from polyrank import Adapter, Method, adapt
+from polyrank.measure import compare
 from polyrank.methods import MALoRA, MoLA
 
 
@@ -24,13 +24,11 @@ def ready(method: Method, width: int, out: int) -> tuple[nn.Module, Adapter, tor
     return net, adapter, torch.optim.AdamW(adapter.param_groups(1e-3))
 
 
-def step(net: nn.Module, adapter: Adapter, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> float:
-    start = time.process_time()
+def step(net: nn.Module, adapter: Adapter, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
     loss = net(x).square().mean() + sum(adapter.losses().values(), torch.zeros(()))
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    return time.process_time() - start
 
 
 def main() -> None:
@@ -45,18 +43,11 @@ def main() -> None:
         x = torch.randn(8, tokens // 8, width)
         pair = [ready(MALoRA(), width, out), ready(MoLA(num_experts=(8,)), width, out)]
         sizes = [sum(p.numel() for p in adapter.parameters()) for _, adapter, _ in pair]
-        for one in pair:
-            step(*one, x)
-        ratios = []
-        for i in range(given.steps):
-            order = pair if i % 2 else pair[::-1]
-            seconds = [step(*one, x) for one in order]
-            mine, other = seconds if i % 2 else seconds[::-1]
-            ratios.append(other / mine)
-        low, _, high = quantiles(ratios, n=4)
+        runs = {name: partial(step, *one, x) for name, one in zip(("malora", "loras"), pair, strict=True)}
+        found = compare(runs, rounds=given.steps)
         print(
             f"| {width} x {out} | {tokens} | {sizes[0]:,} | {sizes[1]:,} | {1 - sizes[0] / sizes[1]:.0%} "
-            f"| {median(ratios):.2f} ({low:.2f} to {high:.2f}) |",
+            f"| {found['loras'].over(found['malora'])} |",
             flush=True,
         )
 
