@@ -87,14 +87,16 @@ REASONS = {
     "S3": "Softmax, gates and the router's columns come on top of thin products of the same size as PEFT's. " + MASTERS,
     "S4": PASSES,
     "S7": "0.27 of the bf16 peak are the fp32 gradients of A and B, which do not grow with the tokens.",
-    "S8": "Sixteen parameters and two gathers against PEFT's two parameters. " + PASSES,
+    "S8": "Products of each sample with its own A and B, not one of all; stacking and gathering take 3 to 6 per "
+    "cent of the step. " + PASSES,
     "S9": "The gate is one more pass over (tokens, R), and MoRE has a selector to train. " + MASTERS + " " + PASSES,
     "S10": "Known in part: the reflections' factors are small nodes in fp64. Tried: their gradients written out (1.04 "
     "to 0.38 ms a layer of 384, kept), one product for the logits of a batch's tasks (kept).",
     "S13": "About half of the time on one token are the two products themselves. Tried: V'P' and the router's rows in "
     "one matrix, and the offsets of all tasks computed once (both kept).",
-    "S14": "Never measured before. A mixture of as many ranks takes 1.5 already; the reflections' factors are made "
-    "three times in a step, and gradients of the frozen rows of A and B are computed for nothing. Not tried yet.",
+    "S14": "Thin products are the rest: 72 rows down and 56 up, at half the rate of wide ones, and PEFT's LoRA of rank "
+    "64 takes as long. Tried: the reflections' factors once in a step instead of three times, and no gradients of the "
+    "frozen U and V (both kept, 0.1 less).",
     "S15": "As S3 and S10; beside a loop as S4.",
     "S16": "Four tasks' adapters have four times PEFT's weights, for AdamW too; and as S8.",
 }

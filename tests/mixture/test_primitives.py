@@ -80,6 +80,18 @@ def test_each_gradient_alone(need):
     assert_close(got.grad, want, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("frozen", [{0}, {1}, {0, 2}, {0, 1, 2}])
+def test_frozen_parts_of_a_get_no_gradient(frozen):
+    x, weight, bias, _, _ = operands((2, 3, 6))
+    parts = [inputs(n, 6, seed=n, dtype=torch.float64).requires_grad_(n - 1 not in frozen) for n in (1, 2, 3)]
+    y, z = base_shrink(x, weight, bias, *parts)
+    (y.square().sum() + z.pow(3).sum()).backward()
+    want = F.linear(x, weight, bias).square().sum() + F.linear(x, torch.cat(parts)).pow(3).sum()
+    trained = [tensor for tensor in (x, *parts) if tensor.requires_grad]
+    assert_close([one.grad for one in trained], list(torch.autograd.grad(want, trained)), atol=1e-12, rtol=1e-12)
+    assert [part.grad is None for part in parts] == [not part.requires_grad for part in parts]
+
+
 def test_non_contiguous_and_transposed_operands():
     x, weight, bias, a, b = operands((3, 2, 6))
     turned = x.detach().transpose(0, 1).requires_grad_()

@@ -45,6 +45,8 @@ from ..mixture import (
     TaskEmbedding,
     TokenRouter,
     adapter_dtype,
+    add,
+    infers,
     weight_of,
 )
 from ..svd import Factors
@@ -79,17 +81,38 @@ class SingularDirections(Experts):
         return torch.cat([self.reflections.factors()[0], self.vt])
 
     def up(self, base: nn.Module) -> Tensor:
-        rows, core = self.reflections.factors()
-        weight = weight_of(base)
-        image = F.linear(rows.to(weight.dtype), weight).to(rows.dtype)  # W applied to the reflections' span, (L, O)
-        return torch.cat([-core @ image, self.u.t()])
+        return torch.cat([self.correction(base, *self.reflections.factors()), self.u.t()])
 
     def core(self, z: Tensor, gate: Tensor | None, site: Site) -> Tensor:
         assert gate is not None
-        rows, core = self.reflections.factors()
-        turned, h = z[..., : len(rows)], z[..., len(rows) :]
-        h = h + F.linear(turned, (-core @ F.linear(rows, self.vt)).t().to(z.dtype))  # V_k'P'x
-        return torch.cat([turned, gate.to(z.dtype) * h], -1)
+        turned, h = z.split((z.shape[-1] - self.num_experts, self.num_experts), -1)
+        return torch.cat([turned, self.gated(turned, h, gate, *self.reflections.factors())], -1)
+
+    def correction(self, base: nn.Module, rows: Tensor, core: Tensor) -> Tensor:
+        """-core rows W', (L, O): what W P' adds to W."""
+        weight = weight_of(base)
+        return -core @ F.linear(rows.to(weight.dtype), weight).to(rows.dtype)
+
+    def gated(self, turned: Tensor, h: Tensor, gate: Tensor, rows: Tensor, core: Tensor) -> Tensor:
+        """gate * V_k'P'x of rows x and V_k'x."""
+        return gate.to(h.dtype) * (h + F.linear(turned, (-core @ F.linear(rows, self.vt)).t().to(h.dtype)))
+
+
+class TopSingularLinear(MixtureLinear):
+    """The mixture of the k largest directions; a training step makes P once and no gradient of what is frozen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if infers():
+            return super().forward(x)
+        experts, router = self.experts, self.router
+        assert isinstance(experts, SingularDirections) and router is not None
+        extra = router.rows()
+        rows, core = experts.reflections.factors()
+        y, z = self.shrink(x, rows, *([] if extra is None else [extra]), experts.vt)
+        turned, read, h = z.split((len(rows), z.shape[-1] - len(rows) - len(experts.vt), len(experts.vt)), -1)
+        q = experts.gated(turned, h, self._weighed(x, read, self.site), rows, core)
+        y = add(self.base, y, turned, experts.correction(self.base, rows, core))
+        return add(self.base, y, q, experts.u.t())
 
 
 class Correction(Gate):
@@ -157,6 +180,6 @@ class MoORETopK(Method):
             turn = Reflections(weight.shape[1], self.num_reflections, weight.device, adapter_dtype(base))
             router = _router(base, self.router, len(tasks), self.task_dim, self.router_dim, len(top.sigma))
             experts, gate = SingularDirections(top, turn), Correction(top.sigma)
-            return MixtureLinear(base, experts=experts, router=router, gate=gate)
+            return TopSingularLinear(base, experts=experts, router=router, gate=gate)
 
         return singular_layers(sites, layer, closed=True)

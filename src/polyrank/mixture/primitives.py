@@ -39,9 +39,12 @@ class _BaseShrink(torch.autograd.Function):
             a = _stacked(parts, x.dtype)
             if ctx.needs_input_grad[0]:
                 dx = _add_products_((dy @ weight.to(dy.dtype)).view(x.shape), dz, a)
-            if any(ctx.needs_input_grad[3:]):
-                da = _outer(dz, x, a).split([part.shape[-2] for part in parts], -2)
-                da = [one.to(part.dtype) for one, part in zip(da, parts, strict=True)]
+            sizes = [part.shape[-2] for part in parts]
+            if all(trained := ctx.needs_input_grad[3:]):
+                da = [one.to(part.dtype) for one, part in zip(_outer(dz, x, a).split(sizes, -2), parts, strict=True)]
+            elif any(trained):
+                each = zip(dz.split(sizes, -1), parts, trained, strict=True)
+                da = [_outer(one, x, part).to(part.dtype) if wanted else None for one, part, wanted in each]
         return dx, None, None, *da
 
 
