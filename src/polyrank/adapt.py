@@ -2,8 +2,9 @@
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from torch.utils.hooks import RemovableHandle
 
 from . import targets as target_names
 from .blocks import Block, group
+from .export import Exported, Format, export, gate_means, task_weights
 from .files import Fingerprint, checked_name, difference, fingerprint, read_folder, write_folder
 from .joining import put_experts, saved_loras, task_parts, with_task
 from .methods import Method
 from .methods.base import Hears
 from .mixture import Mixture, RouteContext, Site
-from .places import Places, lost_by_rounding, merge_into_bases
+from .places import Places, lost_by_rounding, merge_into_bases, put_back, write_weights
 from .saving import copy_weights, frozen_parts, load_frozen, method_fields, method_from, named_weights, projection
 from .summary import Summary, summarise
 
@@ -362,6 +364,116 @@ class Adapter:
         self._restore_base()
         merge_into_bases(self.layers, index)
         return self.remove()
+
+    @contextmanager
+    def out(self) -> Iterator[nn.Module]:
+        """The model as it was before ``adapt``, for a while: the layers stand in it again after the block.
+
+        A base that was released is back in memory from then on.
+        """
+        self._in_place()
+        self._restore_base()
+        for hook in self._attached:
+            hook.remove()
+        self._attached = []
+        self._places.restore()
+        try:
+            yield self.model
+        finally:
+            self._put_in(self.layers)
+
+    @contextmanager
+    def merged(self, task: str, gates: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """The plain model of one task, for a while: afterwards the layers stand in it again, bit for bit.
+
+        Args:
+            gates: hold each layer's gate fixed at these weights (E,); see ``gate_means``.
+
+        Raises:
+            ValueError: an unknown task, or a gate that depends on the input, without ``gates``.
+        """
+        index = int(self.task_ids(task)[0])
+        with self.out() as model:
+            before = write_weights(self.layers, task_weights(self.layers, index, gates))
+            try:
+                yield model
+            finally:
+                put_back(before)
+
+    def gate_means(self, task: str, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The mean weights (E,) of each layer's gate on a task, over the tokens of ``batches`` that are no padding.
+
+        Args:
+            batches: the model's inputs by keyword.
+
+        Raises:
+            ValueError: an unknown task, no batch, or layers that have no such gate.
+        """
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.on(task):
+                return gate_means(self.model, self.layers, batches)
+        finally:
+            self.model.train(training)
+
+    def export(
+        self,
+        folder: str | Path,
+        task: str,
+        format: Format = "lora",
+        *,
+        inputs: Mapping[str, Tensor],
+        max_rank: int | None = None,
+        dtype: torch.dtype | None = None,
+        gates: Mapping[str, Tensor] | None = None,
+        also: Callable[[Path], None] = lambda _: None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> Exported:
+        """Write one task as files that others load without polyrank; the adapter stays what it is.
+
+        What was written is read again and run on ``inputs``. Where it does not compute what the mixture computes,
+        nothing is left.
+
+        Args:
+            folder: a new one, or an empty one.
+            format: "lora", PEFT's files in the form that every engine reads; or "dense", a plain model by
+                ``save_pretrained``.
+            inputs: examples for the comparison, the model's inputs by keyword.
+            max_rank: cut the change of each layer to the best LoRA of this rank; the error is told before it is saved.
+            dtype: of the LoRA; fp32 by default.
+            gates: hold gates that depend on the input fixed at these weights; see ``gate_means``. The files then say
+                that they are approximate.
+            also: is called with the folder before it is put in its place, to add files; its errors leave nothing.
+            say: is told what a person wants to know, line by line.
+
+        Raises:
+            ValueError: an unknown task; a gate that depends on the input, without ``gates``; a change of full rank that
+                is no LoRA, without ``max_rank``; or files that compute something else.
+            FileExistsError: the folder holds something.
+            TypeError: "dense", and the model has no ``save_pretrained``.
+        """
+        self._in_place()
+        if format not in ("lora", "dense"):
+            raise ValueError(f"format={format!r}: take 'lora' or 'dense'")
+        if format == "dense" and (max_rank is not None or dtype is not None):
+            raise ValueError("max_rank and dtype are of a LoRA: leave them out, or take format='lora'")
+        if max_rank is not None and max_rank < 1:
+            raise ValueError(f"max_rank={max_rank}: a LoRA has a rank of 1 or more")
+        note = {"polyrank": version("polyrank"), "method": method_fields(self.method)}
+        return export(
+            self,
+            folder,
+            task,
+            format,
+            inputs=inputs,
+            max_rank=max_rank,
+            dtype=dtype,
+            gates=gates,
+            note=note,
+            also=also,
+            say=say,
+        )
 
     def lost_by_merging(self, task: str) -> dict[str, float]:
         """By layer, the share of the change of its weight that ``merge`` would lose by rounding to the base's dtype.

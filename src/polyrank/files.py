@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,32 @@ def _write_tensors(path: Path, group: Mapping[str, Tensor]) -> str:
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in group.items()})
     _write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to be filled, beside ``path``; at the end of the block it is flushed and stands there, or, after an
+    error, nothing does.
+
+    Raises:
+        FileExistsError: something stands at ``path`` that is no empty folder.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists: choose a new folder; engines keep what they read from an old one")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        aside.chmod(0o755)
+        _flush_folder(aside)
+        _swap(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

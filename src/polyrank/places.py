@@ -1,7 +1,7 @@
 """Where layers stand in a model: they go in, and what stood there comes back."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
 
 import torch
@@ -62,28 +62,18 @@ def merge_into_bases(layers: Mapping[str, Mixture], task: int) -> None:
     Raises:
         ValueError: a gate that depends on the input, or a base that is more than its weight; nothing was changed.
     """
-    for name, layer in layers.items():
+    for layer in layers.values():
         layer.refuse_if_input_routed()
-        if not all(is_plain(linear) for linear in layer.frozen()):
-            raise ValueError(
-                f"{name}: its base is not a plain linear layer (quantised, sharded, hooked): its weight is "
-                "not all of it; keep the adapter in the model, or adapt an unquantised base"
-            )
-    before = [(base, base.get_parameter("weight")) for layer in layers.values() for base in layer.frozen()]
     lost: dict[str, float] = {}
-    try:
+
+    def weights() -> Iterator[tuple[nn.Module, Tensor]]:
         for name, layer in layers.items():
             pairs = layer.task_weights(task)
             if (share := _lost(pairs)) is not None:
                 lost[name] = share
-            for base, weight in pairs:
-                weight = weight if isinstance(base, nn.Linear) else weight.t()
-                weight = weight.to(base.get_parameter("weight").dtype).contiguous()
-                base.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-    except BaseException:
-        for base, weight in before:
-            base.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=False))
-        raise
+            yield from pairs
+
+    write_weights(layers, weights())
     if lost:
         worst = max(lost, key=lambda name: lost[name])
         logging.getLogger("polyrank").warning(
@@ -94,3 +84,35 @@ def merge_into_bases(layers: Mapping[str, Mixture], task: int) -> None:
             100 * lost[worst],
             worst,
         )
+
+
+@torch.no_grad()
+def write_weights(
+    layers: Mapping[str, Mixture], weights: Iterable[tuple[nn.Module, Tensor]]
+) -> list[tuple[nn.Module, nn.Parameter]]:
+    """Put weights (O, I) into frozen linear layers, all of them or none; returns what stood there.
+
+    Raises:
+        ValueError: a base that is more than its weight; nothing was changed.
+    """
+    for name, layer in layers.items():
+        if not all(is_plain(linear) for linear in layer.frozen()):
+            raise ValueError(
+                f"{name}: its base is not a plain linear layer (quantised, sharded, hooked): its weight is "
+                "not all of it; keep the adapter in the model, or adapt an unquantised base"
+            )
+    before = [(base, base.get_parameter("weight")) for layer in layers.values() for base in layer.frozen()]
+    try:
+        for base, weight in weights:
+            weight = weight if isinstance(base, nn.Linear) else weight.t()
+            weight = weight.to(base.get_parameter("weight").dtype).contiguous()
+            base.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    except BaseException:
+        put_back(before)
+        raise
+    return before
+
+
+def put_back(weights: Iterable[tuple[nn.Module, nn.Parameter]]) -> None:
+    for base, weight in weights:
+        base.register_parameter("weight", weight)

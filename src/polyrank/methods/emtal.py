@@ -75,11 +75,13 @@ class GroupedFeedForward(FeedForwardMixture):
 
     @torch.no_grad()
     def task_weights(self, task: int) -> list[tuple[nn.Module, Tensor]]:
+        return [(base, weight_of(base).to(a.dtype) + b.t() @ a) for base, a, b in self.task_loras(task)]
+
+    @torch.no_grad()
+    def task_loras(self, task: int) -> list[tuple[nn.Module, Tensor, Tensor]]:
         self.refuse_if_input_routed()
-        return [
-            (base, weight_of(base).to(pair.lora_A.dtype) + self.scale * pair.lora_B.t() @ pair.lora_A)
-            for base, pair in zip(self.base.linears(), self._pairs(), strict=True)
-        ]
+        pairs = zip(self.base.linears(), self._pairs(), strict=True)
+        return [(base, pair.lora_A, self.scale * pair.lora_B) for base, pair in pairs]
 
     def active_parameters(self) -> int:
         return sum(p.numel() for pair in self._pairs() for p in pair.parameters()) + self.router.numel()

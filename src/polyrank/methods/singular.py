@@ -119,8 +119,20 @@ class SingularLinear(Mixture):
     @torch.no_grad()
     def task_weight(self, task: int) -> Tensor:
         self.refuse_if_input_routed()
+        vt = self.vt[:1].to(self.sigma.dtype)
+        return self.weight_at(F.relu(self.sigma + self.router(vt, vt[:, :0], self.site.on(task, vt.device))).view(-1))
+
+    @torch.no_grad()
+    def gate_of(self, x: Tensor) -> Tensor:
+        """The gate (..., K) of an input (..., I), within a forward."""
+        rows = self.router.rows()
+        z = x[..., :0] if rows is None else F.linear(x, rows.to(x.dtype))
+        return F.relu(self.sigma + self.router(x, z, self.site))
+
+    @torch.no_grad()
+    def weight_at(self, gate: Tensor) -> Tensor:
+        """The weight (O, I) that the layer is where its gate (K,) is held fixed."""
         u, vt = self.experts()
-        gate = F.relu(self.sigma + self.router(vt[:1], vt[:1, :0], self.site.on(task, vt.device))).view(-1)
         return (u.to(vt.dtype) * gate) @ vt
 
     def task_lora(self, task: int) -> tuple[Tensor, Tensor]:

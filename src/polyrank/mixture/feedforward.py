@@ -94,7 +94,11 @@ class FeedForwardMixture(Mixture, ABC):
             ValueError: always: a nonlinearity lies between the parts.
         """
         self.refuse_if_input_routed()
-        raise ValueError(f"{self.site.name}: no LoRA stands for a feed-forward block: see task_weights()")
+        raise ValueError(f"{self.site.name}: no LoRA stands for a feed-forward block: see task_loras()")
+
+    def task_loras(self, task: int) -> list[tuple[nn.Module, Tensor, Tensor]]:
+        self.refuse_if_input_routed()
+        raise ValueError(f"{self.site.name}: no LoRAs of its linear layers stand for this block on a task")
 
     def base_flops_per_token(self) -> int:
         return sum(2 * i * o for i, o in map(in_out_features, self.base.linears()))

@@ -68,6 +68,10 @@ class Mixture(nn.Module, ABC):
     def task_lora(self, task: int) -> tuple[Tensor, Tensor]:
         """A (R, I) and B (R, O) whose product B' A is what this layer adds to its base on a task."""
 
+    def task_loras(self, task: int) -> list[tuple[nn.Module, Tensor, Tensor]]:
+        """``frozen()``, each with the A (R, I) and B (R, O) of what is added to it on a task."""
+        return [(self.base, *self.task_lora(task))]
+
     @abstractmethod
     def active_parameters(self) -> int:
         """Adapter parameters that work on one token."""

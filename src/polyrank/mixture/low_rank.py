@@ -142,6 +142,26 @@ class LowRankMixture(Mixture, ABC):
         return a, self.scale * q @ self.experts.up(self.base).to(a.dtype)
 
     @torch.no_grad()
+    def gate_of(self, x: Tensor) -> Tensor:
+        """What the router and the gate make of an input (..., I), within a forward: the weights (..., E).
+
+        Raises:
+            ValueError: a method whose layer has none.
+        """
+        if self.router is None:
+            raise ValueError(f"{self.site.name}: it has no gate")
+        rows = self.router.rows()
+        return self._weighed(x, x[..., :0] if rows is None else F.linear(x, rows.to(x.dtype)), self.site)
+
+    @torch.no_grad()
+    def lora_at(self, gate: Tensor, task: int) -> tuple[Tensor, Tensor]:
+        """A (R, I) and B (R, O) of what the layer adds on a task where its gate (E,) is held fixed."""
+        a = self.experts.down()
+        eye = torch.eye(len(a), device=a.device, dtype=a.dtype)
+        q = self.experts.core(eye, gate.to(a).expand(len(a), -1), self.site.on(task, a.device))
+        return a, self.scale * q @ self.experts.up(self.base).to(a.dtype)
+
+    @torch.no_grad()
     def task_weight(self, task: int) -> Tensor:
         a, b = self.task_lora(task)
         return weight_of(self.base).to(a.dtype) + b.t() @ a
