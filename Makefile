@@ -50,9 +50,9 @@ lint: $(VENV)/.dev ## ruff (rules and format) and pyright
 	@$(BIN)/ruff format --check
 	@$(BIN)/pyright
 
-bench: $(VENV)/.dev ## the speed suite beside PEFT and naive loops, into docs/results (about half an hour on one core)
+bench: $(VENV)/.dev ## the speed suite beside PEFT, into docs/results (half an hour on one core; ARGS=--quick for a look)
 	@$(PIP) install -c constraints-dev.txt -e '.[all,bench]'
-	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed docs/results
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed docs/results $(ARGS)
 
 format: $(VENV)/.dev ## let ruff mend what it can
 	@$(BIN)/ruff check --fix

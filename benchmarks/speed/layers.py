@@ -70,7 +70,7 @@ def pairs(found: Findings, quick: bool) -> None:
         def base(i: int = 768, o: int = 768, torch_dtype: torch.dtype = torch_dtype) -> nn.Linear:
             return peers.frozen_linear(i, o, torch_dtype)
 
-        x, x32 = samples(1024, 768, torch_dtype), samples(1024, 768, torch_dtype, 8)
+        x = samples(1024, 768, torch_dtype)
         fair = {"rounds": 9 if quick else 21, "enough": 5.0 if quick else 14.0}
         layers: dict[str, nn.Module] = {
             "frozen layer": base(),
@@ -99,7 +99,7 @@ def pairs(found: Findings, quick: bool) -> None:
             "a loop over ranks": peers.LoopRanks(base(), (4, 8, 16, 32)),
             "MoRE, ranks 4 to 32": _nested(ours(MoRE(rank=32), base(), IDS // 2, 4)),
         }
-        found.add("pairs", f"{dtype}, 8 tasks in a batch", {n: training(m, x32) for n, m in tasks.items()}, **fair)
+        found.add("pairs", f"{dtype}, 8 tasks in a batch", {n: training(m, x) for n, m in tasks.items()}, **fair)
         x5, five = samples(1960, 768, torch_dtype, 5), torch.arange(5)
         grains = {"(16,3,1,4)": ASE(), "(32,6,2,2)": ASE().finer(2), "(64,12,4,1)": ASE().finer(4)}
         ase = {name: training(ours(method, base(), five, 5), x5) for name, method in grains.items()}
@@ -177,7 +177,11 @@ def rule(found: Findings, quick: bool) -> None:
 
                     return one
 
-                candidates = {"dense": under(10**9), "grouped": under(0)}
+                candidates = {"dense": under(10**9)}
+                dispatch.DENSE_UP_TO = {torch_dtype: 0}
+                if dispatch.pays(layer.experts, layer.gate, x, torch_dtype):  # some ranks are no 16 bytes
+                    candidates["grouped"] = under(0)
+                dispatch.DENSE_UP_TO = kept
                 candidates["chosen"] = candidates["grouped" if grouped else "dense"]
                 name = f"{dtype}, {d}, {num} experts r{rank}, top {k}"
                 found.add("dispatch", name, candidates, rounds=11, enough=4)

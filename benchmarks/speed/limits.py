@@ -124,7 +124,7 @@ def _rule(found: Findings) -> list[tuple[str, str, str, str, str]]:
     lines = []
     for one in found.comparisons:
         if one.section == "dispatch":
-            best = min(("dense", "grouped"), key=lambda name: one.timings[name].typical)
+            best = min((name for name in one.timings if name != "chosen"), key=lambda name: one.timings[name].typical)
             ratio = one.ratio("chosen", best)
             mark = "" if ratio.median <= 1.10 else " **over**"
             dtype, setting = one.case.split(", ", 1)
@@ -157,7 +157,11 @@ def counted(found: Findings) -> list[tuple[str, str, str, str, str]]:
         value = found.number(section, case, mine)
         if value is None:
             continue
-        value /= 1.0 if other is None else found.number(section, case, other) or 1.0
+        if other is not None:
+            below = found.number(section, case, other)
+            if not below:
+                continue
+            value /= below
         text = f"{section}: {mine}" + ("" if other is None else f" / {other}")
         mark = "" if value <= most else " **over**"
         lines.append((name, text, case, f"{value:.3g}{mark}", f"{most:.3g}"))

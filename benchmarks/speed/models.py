@@ -63,7 +63,7 @@ def our(model: nn.Module, method: Method, given: dict[str, Tensor], targets: Seq
 def replaced(model: nn.Module, build: Callable[[nn.Linear], nn.Module], targets: Sequence[str] = LINEARS) -> nn.Module:
     """The model with another module in the place of every such linear layer."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in targets:
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in targets and "pooler" not in name:
             parent, _, key = name.rpartition(".")
             setattr(model.get_submodule(parent), key, build(module))
     return model

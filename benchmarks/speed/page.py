@@ -4,7 +4,7 @@ import json
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 
 import peft
@@ -125,7 +125,11 @@ def save(found: Findings, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"{name_of(here)}.md"
     if page.with_suffix(".json").exists():
-        found = found.with_older(json.loads(page.with_suffix(".json").read_text()))
+        older = json.loads(page.with_suffix(".json").read_text())
+        if older["machine"] != here:  # threads, versions: figures of two runs would stand under one head
+            page = folder / f"{name_of(here)}_{datetime.now():%H%M%S}.md"
+        else:
+            found = found.with_older(older)
     page.write_text(written(found, here))
     data = {"machine": here, **asdict(found)}
     page.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")

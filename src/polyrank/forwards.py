@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -75,11 +76,15 @@ class TaskByTask(Forwards):
     which the tasks' forwards add no notes.
     """
 
+    @cached_property
+    def mixes_samples(self) -> bool:
+        return self.adapter.mixes_samples  # it goes through all modules, and may wait for the device
+
     def of(self, batch: Batch, counts: Tensor) -> Iterator[Found]:
         hears, live = self.adapter.hears, int((counts > 0).sum())
         # forward and backward passes of all samples, those of the method's losses left out where both ways have them:
         # 1 + live in one forward; apart 2, or 3 with one more forward
-        if self.adapter.mixes_samples or live <= (2 if hears == "batch" else 1):
+        if self.mixes_samples or live <= (2 if hears == "batch" else 1):
             yield replace(self.run(batch, counts), auxiliary=self.auxiliary())
             return
         parts = batch.by_task([task.name for task in self.model.tasks])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Block
-from .mixture import Mixture, is_plain, weight_of
+from .mixture import Mixture, exactly, is_plain, weight_of
 
 
 class Places:
@@ -44,8 +44,13 @@ def lost_by_rounding(layers: Mapping[str, Mixture], task: int) -> dict[str, floa
     Raises:
         ValueError: a gate that depends on the input.
     """
-    lost = {name: _lost(layer.task_weights(task)) for name, layer in layers.items()}
-    return {name: share for name, share in lost.items() if share is not None}
+    lost: dict[str, float] = {}
+    for name, layer in layers.items():
+        with exactly(weight_of(layer.frozen()[0])):
+            share = _lost(layer.task_weights(task))
+        if share is not None:
+            lost[name] = share
+    return lost
 
 
 def _lost(pairs: Sequence[tuple[nn.Module, Tensor]]) -> float | None:
@@ -68,7 +73,8 @@ def merge_into_bases(layers: Mapping[str, Mixture], task: int) -> None:
 
     def weights() -> Iterator[tuple[nn.Module, Tensor]]:
         for name, layer in layers.items():
-            pairs = layer.task_weights(task)
+            with exactly(weight_of(layer.frozen()[0])):
+                pairs = layer.task_weights(task)
             if (share := _lost(pairs)) is not None:
                 lost[name] = share
             yield from pairs

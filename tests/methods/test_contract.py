@@ -382,8 +382,26 @@ def test_inference_equals_the_differentiated_forward(name):
             with torch.no_grad():
                 found = net(x, task_ids=ids)
             assert_close(found, net(x, task_ids=ids), atol=1e-12, rtol=1e-10)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1, fused=True)  # autograd does not count its changes
+    net(x, task_ids=IDS).sum().backward()
+    with torch.no_grad():
+        net(x, task_ids=IDS)
+        optimizer.step()
+        found = net(x, task_ids=IDS)
+    assert_close(found, net(x, task_ids=IDS), atol=1e-12, rtol=1e-10)
     with torch.inference_mode():
         assert_close(net(x.transpose(0, 1).contiguous().transpose(0, 1), task_ids=IDS), net(x, task_ids=IDS))
+
+
+@every
+def test_inference_does_not_depend_on_an_earlier_autocast(name):
+    net, _ = adapted(METHODS[name])
+    net.eval()
+    twin, x = copy.deepcopy(net), inputs(4, 5, 16)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            net(x, task_ids=IDS)
+        assert torch.equal(net(x, task_ids=IDS), twin(x, task_ids=IDS))
 
 
 @pytest.mark.parametrize("name", sorted(set(EVERY) - BLOCKS - {n for n in EVERY if n.startswith(DECOMPOSES)}))

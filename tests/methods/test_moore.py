@@ -54,6 +54,14 @@ def test_experts_stay_orthonormal(kind):
     assert_close(gram, torch.eye(len(gram), dtype=torch.float64), atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_transposed_input_of_few_and_many_tokens(tokens):
+    net, layer = trained(MoORE(num_reflections=4, router="task"), "wide")
+    x = torch.randn(3, tokens, layer.in_features, dtype=torch.float64)
+    ids = torch.zeros(tokens, dtype=torch.long)
+    assert_close(net(x.transpose(0, 1), task_ids=ids), net(x.transpose(0, 1).contiguous(), task_ids=ids))
+
+
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize(
     "method",

@@ -29,9 +29,9 @@ class Signed(Gate):
         return 2
 
 
-def mixture(gate, dtype, rank=8, num_experts=6):
+def mixture(gate, dtype, rank=8, num_experts=6, in_features=24):
     torch.manual_seed(0)
-    base = nn.Linear(24, 40, dtype=dtype).requires_grad_(False)
+    base = nn.Linear(in_features, 40, dtype=dtype).requires_grad_(False)
     experts = LoRAExperts(base, num_experts, rank)
     layer = MixtureLinear(base, experts=experts, router=LinearRouter(base, num_experts), gate=gate, scale=0.7)
     for p in (experts.lora_A, experts.lora_B, layer.router.weight):
@@ -81,6 +81,8 @@ def test_where_it_may_not_run(monkeypatch):
     assert not dispatch.pays(mixture(JointTopK(2), torch.float32, rank=3).experts, JointTopK(2), x, torch.float32)
     assert not dispatch.pays(mixture(JointTopK(2), torch.bfloat16, rank=4).experts, JointTopK(2), x, torch.bfloat16)
     assert not dispatch.pays(mixture(JointTopK(2), torch.float64).experts, JointTopK(2), x, torch.float64)
+    narrow = mixture(JointTopK(2), torch.float32, in_features=18)  # rows of 72 bytes
+    assert not dispatch.pays(narrow.experts, JointTopK(2), inputs(2, 18), torch.float32)
     assert not dispatch.pays(mixture(None, torch.float32).experts, None, x, torch.float32)
 
 

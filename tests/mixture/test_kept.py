@@ -54,6 +54,29 @@ def test_an_optimisers_step_and_gradients():
     assert model.kept._value is None, "a forward with gradients frees it"
 
 
+@pytest.mark.parametrize("build", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_step_that_autograd_does_not_count(build):
+    model = Doubled()
+    optimizer = build([model.w], lr=0.1, fused=True)
+    model.w.sum().backward()
+    with torch.no_grad():
+        model()
+        version = model.w._version
+        optimizer.step()
+        assert model.w._version == version, "then this test shows nothing"
+        assert torch.equal(model(), 2 * model.w)
+
+
+@torch.no_grad()
+def test_a_part_that_was_replaced():
+    outer = nn.Module()
+    outer.inner, kept = nn.Sequential(nn.Linear(2, 2)), Kept()
+    weight = lambda: kept("name", (outer,), lambda: outer.inner[0].weight.clone())  # noqa: E731
+    weight()
+    outer.inner[0] = nn.Linear(2, 2)
+    assert torch.equal(weight(), outer.inner[0].weight)
+
+
 @torch.no_grad()
 def test_what_passes_unseen_has_a_cure():
     model = nn.Sequential(Doubled())

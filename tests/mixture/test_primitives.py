@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from polyrank.mixture import base_shrink, expand_
+from polyrank.mixture.primitives import with_lora
 from small import inputs
 
 SHAPES = [(6,), (2, 3, 6), (2, 3, 2, 6)]
@@ -90,6 +91,14 @@ def test_frozen_parts_of_a_get_no_gradient(frozen):
     trained = [tensor for tensor in (x, *parts) if tensor.requires_grad]
     assert_close([one.grad for one in trained], list(torch.autograd.grad(want, trained)), atol=1e-12, rtol=1e-12)
     assert [part.grad is None for part in parts] == [not part.requires_grad for part in parts]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(0, 6), (0, 3, 6), (2, 0, 6)])
+def test_no_token(shape):
+    x, weight, bias, a, b = operands((1, 6))
+    y = with_lora(torch.zeros(shape, dtype=x.dtype), weight, bias, a[:3], b)
+    assert y.shape == (*shape[:-1], 5)
 
 
 def test_non_contiguous_and_transposed_operands():

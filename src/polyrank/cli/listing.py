@@ -126,6 +126,8 @@ def bench(
         dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
         if dtype not in dtypes:
             raise RecipeError(f"--dtype {dtype}: one of {', '.join(dtypes)}")
+        if device not in ("cpu", "cuda"):
+            raise RecipeError(f"--device {device}: cpu or cuda")
         if device == "cuda" and not torch.cuda.is_available():
             raise RecipeError("--device cuda: torch sees no GPU here; leave it out, or install torch with CUDA")
         if out is not None and not out.absolute().parent.is_dir():
@@ -141,7 +143,10 @@ def bench(
         for name, cost in costs.items():
             row = f"{cost.weights:,}", str(cost.training), str(cost.forward), f"{cost.kept:.2f}", f"{cost.alive:.2f}"
             table.add_row(name, *row)
-        Console().print(table)
+        console = Console()
+        if not console.is_terminal or console.width < 110:  # figures are never cut
+            console.width = max(console.width, 110)
+        console.print(table)
         typer.echo(
             "in units of the frozen block: times as medians (and quartiles) of the ratios of same rounds; kept, for\n"
             "the backward pass, and alive, at most at once in a step, are bytes"

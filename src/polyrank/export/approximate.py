@@ -1,4 +1,4 @@
-"""A gate that looks at the input, held fixed at its mean: the nearest thing to a merged weight that such a layer has."""
+"""A gate that looks at the input, held fixed at its mean: the nearest to a merged weight that such a layer has."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.singular import SingularLinear
-from ..mixture import Mixture, MixtureLinear, weight_of
+from ..mixture import Mixture, MixtureLinear, exactly, weight_of
 
 
 @torch.no_grad()
@@ -72,10 +72,11 @@ def task_weights(
         ValueError: a gate that depends on the input, and none to hold it at.
     """
     for name, layer in layers.items():
-        if gates is None:
-            yield from layer.task_weights(task)
+        with exactly(weight_of(layer.frozen()[0])):
+            found = layer.task_weights(task) if gates is None else held(layer, gates[name], task)
+        if isinstance(found, list):
+            yield from found
             continue
-        found = held(layer, gates[name], task)
         if isinstance(found, Tensor):
             yield layer.base, found
         else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import new_folder, write_text
-from ..mixture import Mixture, is_linear, weight_of
+from ..mixture import Mixture, exactly, is_linear, weight_of
 from .approximate import held
 from .check import Difference, check, outputs, refuse
 from .lora import LoRA, beside, common_rank, fitted, of_change, read_lora, write_lora
@@ -169,7 +169,8 @@ def loras_of(
         names = {module: name for name, module in model.named_modules()}
     loras: dict[str, LoRA] = {}
     for name, layer in adapter.layers.items():
-        change = _change(layer, index, None if gates is None else gates[name], max_rank)
+        with exactly(weight_of(layer.frozen()[0])):
+            change = _change(layer, index, None if gates is None else gates[name], max_rank)
         for base, *parts in change:
             if len(parts) == 2:
                 loras[names[base]] = fitted(*parts, max_rank, dtype)

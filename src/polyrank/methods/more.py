@@ -43,6 +43,7 @@ from ..mixture import (
     Router,
     Site,
     TaskTable,
+    exact_linear,
     in_out_features,
     infers,
     normal,
@@ -78,7 +79,7 @@ class RankSelector(Router):
         return None
 
     def logits(self) -> Tensor:
-        return torch.stack([F.linear(e, self.proj, self.bias) for e in self.embedding.each()])  # (T, R)
+        return torch.stack([exact_linear(e, self.proj, self.bias) for e in self.embedding.each()])  # (T, R)
 
     def forward(self, x: Tensor, z: Tensor, site: Site) -> Tensor:
         ids = site.ids(x)
@@ -86,7 +87,7 @@ class RankSelector(Router):
             site.note("contrastive", self._contrastive(x, ids, site))
         if infers() or site.per_token:
             return F.embedding(ids, self._table(None, (self,), self.logits))
-        return F.linear(F.embedding(ids, self.embedding()), self.proj, self.bias)
+        return exact_linear(F.embedding(ids, self.embedding()), self.proj, self.bias)
 
     def _contrastive(self, x: Tensor, ids: Tensor, site: Site) -> Tensor:
         h = site.pool(x) if self.pooling == "mean" else x.reshape(len(x), -1, x.shape[-1])[:, 0]  # (B, I)

@@ -24,6 +24,7 @@ from ..mixture import (
     TokenRouter,
     base_shrink,
     compute_dtype,
+    exactly,
     expand_,
     infers,
     weight_of,
@@ -53,7 +54,7 @@ class SingularLinear(Mixture):
         of_sample, up = self._parts()
         offset = self.sigma + of_sample(x, z, self.site)
         bias = None if self.bias is None else self.bias.to(h.dtype)
-        return gated_product(h, offset, None if up is None else z, up, self.u.to(h.dtype), bias)
+        return gated_product(h, offset, None if up is None else z, up, self.u, bias)
 
     def _infer(self, x: Tensor) -> Tensor:
         """The forward without gradients: P is folded into V, and the offset of each task is computed once."""
@@ -67,7 +68,7 @@ class SingularLinear(Mixture):
             task = self.site.task(x)
             offset = F.embedding(self.site.ids(x), offsets) if task is None else offsets[task]
         bias = None if self.bias is None else self.bias.to(dtype)
-        return gated_product(h, offset, None if up is None else z, up, self.u.to(dtype), bias)
+        return gated_product(h, offset, None if up is None else z, up, self.u, bias)
 
     def _directions(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """V'P'x (..., K), and the thin products of the router's rows with x."""
@@ -77,7 +78,8 @@ class SingularLinear(Mixture):
         if x.numel() // x.shape[-1] < len(self.vt):  # turn x: V is larger
             x = x.to(compute_dtype(x))
             thin, z = F.linear(x, torch.cat(a).to(x.dtype)).split(sizes, -1)
-            return F.linear(expand_(x.clone(), thin, -core @ rows), self.vt.to(x.dtype)), z
+            turned = expand_(x.clone(memory_format=torch.contiguous_format), thin, -core @ rows)
+            return base_shrink(turned, self.vt, None, rows[:0])[0], z
         h, z = base_shrink(x, self.vt, None, *a)
         thin, z = z.split(sizes, -1)
         return expand_(h, thin, -core @ F.linear(rows.to(self.vt.dtype), self.vt).to(rows.dtype)), z  # P folded into V
@@ -119,8 +121,10 @@ class SingularLinear(Mixture):
     @torch.no_grad()
     def task_weight(self, task: int) -> Tensor:
         self.refuse_if_input_routed()
-        vt = self.vt[:1].to(self.sigma.dtype)
-        return self.weight_at(F.relu(self.sigma + self.router(vt, vt[:, :0], self.site.on(task, vt.device))).view(-1))
+        with exactly(self.vt):
+            vt = self.vt[:1].to(self.sigma.dtype)
+            gate = F.relu(self.sigma + self.router(vt, vt[:, :0], self.site.on(task, vt.device)))
+            return self.weight_at(gate.view(-1))
 
     @torch.no_grad()
     def gate_of(self, x: Tensor) -> Tensor:
@@ -155,12 +159,14 @@ def gated_product(
     """U (g * h) + b with the gate g = relu(offset + up z), which is computed again in the backward pass.
 
     Args:
-        h: (..., K). offset: broadcasts to h. z: (..., D) and up: (K, D), or None and None. u: (O, K) and bias: (O,),
-            frozen.
+        h: (..., K). offset: broadcasts to h. z: (..., D) and up: (K, D), or None and None. u: (O, K), in any dtype, and
+            bias: (O,), frozen.
+
+    Its gradients are not differentiable once more.
     """
     offset, up = offset.to(h.dtype), None if up is None else up.to(h.dtype)
     if not torch.is_grad_enabled():
-        return F.linear(_gate(offset, z, up).mul(h), u, bias)
+        return F.linear(_gate(offset, z, up).mul(h), u.to(h.dtype), bias)
     return _GatedProduct.apply(h, offset, z, up, u, bias)  # type: ignore[return-value]
 
 
@@ -177,7 +183,7 @@ class _GatedProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(h, offset, z, up, u)
         gate = _gate(offset, z, up)
-        return F.linear(gate * h if z is None else gate.mul_(h), u, bias)
+        return F.linear(gate * h if z is None else gate.mul_(h), u.to(h.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -186,7 +192,7 @@ class _GatedProduct(torch.autograd.Function):
         (dy,) = grads
         with torch.autocast(dy.device.type, enabled=False):
             gate = _gate(offset, z, up)
-            dq = (dy.reshape(-1, dy.shape[-1]) @ u).view(h.shape)
+            dq = (dy.reshape(-1, dy.shape[-1]) @ u.to(dy.dtype)).view(h.shape)
             dlogits = torch.ops.aten.threshold_backward(dq * h, gate.expand(h.shape), 0)
             dh = dq.mul_(gate)
             doffset = dlogits.sum_to_size(offset.shape) if ctx.needs_input_grad[1] else None

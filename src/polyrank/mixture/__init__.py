@@ -52,7 +52,12 @@ from .low_rank import (
     LowRankMixture as LowRankMixture,
     MixtureLinear as MixtureLinear,
 )
-from .primitives import base_shrink as base_shrink, compute_dtype as compute_dtype, expand_ as expand_
+from .primitives import (
+    base_shrink as base_shrink,
+    compute_dtype as compute_dtype,
+    exactly as exactly,
+    expand_ as expand_,
+)
 from .reflections import Reflections as Reflections
 from .route import Note as Note, Route as Route
 from .routers import (

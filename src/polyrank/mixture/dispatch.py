@@ -31,7 +31,8 @@ def pays(experts: Experts, gate: Gate | None, x: Tensor, dtype: torch.dtype) -> 
     if dtype != torch.bfloat16 and (x.device.type != "cpu" or torch.compiler.is_compiling()):
         return False
     ranks = experts.num_experts * experts.rank
-    aligned = experts.rank * dtype.itemsize % 16 == 0
+    sizes = experts.rank, experts.lora_A.shape[1], experts.lora_B.shape[1]
+    aligned = all(size * dtype.itemsize % 16 == 0 for size in sizes)
     return aligned and ranks > DENSE_UP_TO[dtype] * gate.num_active(experts.num_experts)
 
 
@@ -51,7 +52,7 @@ def add_dispatched(y: Tensor, x: Tensor, weights: Tensor, experts: LoRAExperts, 
     gate = (scale * weights.gather(-1, chosen)).flatten()[order].to(y.dtype)
     z = _grouped(x.to(y.dtype).reshape(-1, x.shape[-1]).index_select(0, tokens), a.transpose(1, 2), ends)
     updates = _grouped(z * gate.unsqueeze(-1), b, ends)  # (N k, O)
-    return y.view(-1, y.shape[-1]).index_add(0, tokens, updates).view(y.shape)
+    return y.reshape(-1, y.shape[-1]).index_add(0, tokens, updates).view(y.shape)
 
 
 def _grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ class SingularExperts(Experts):
         self.start_A: Tensor
         self.start_B: Tensor
         self.register_buffer("start_A", root * vt, persistent=False)  # (R, I)
-        self.register_buffer("start_B", root * u.t(), persistent=False)  # (R, O)
+        self.register_buffer("start_B", (root * u.t()).contiguous(), persistent=False)  # (R, O)
         self.lora_A, self.lora_B = nn.Parameter(self.start_A.clone()), nn.Parameter(self.start_B.clone())
 
     def down(self) -> Tensor:

@@ -5,10 +5,25 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Value = TypeVar("Value")
 Slots = Mapping[str, Tensor | None]
 Place = tuple[Slots, str, Tensor, int, int]  # of a weight: where it stands, what it was
+Child = tuple[Mapping[str, nn.Module | None], str, nn.Module]  # of a part: where it stands
+
+
+class _Steps:
+    """How many steps any optimiser has made: fused ones change weights without autograd's counting it."""
+
+    made = 0
+
+    @classmethod
+    def count(cls, *_: object) -> None:
+        cls.made += 1
+
+
+register_optimizer_step_post_hook(_Steps.count)
 
 
 def infers() -> bool:
@@ -19,31 +34,38 @@ def infers() -> bool:
 class Kept(Generic[Value]):
     """One value computed from weights, for as long as they are what they were.
 
-    A weight that was replaced, moved or changed in place is noticed (autograd counts changes), and a forward with
-    gradients frees the value. Only what was written through ``weight.data`` passes unseen: such code calls
-    ``drop_kept`` afterwards.
+    A weight or part that was replaced, moved or changed in place is noticed (autograd counts changes), and so is a
+    step of any optimiser of torch. A layer's change of mode frees what it keeps. Only what other code wrote through
+    ``weight.data`` passes unseen: it calls ``drop_kept`` afterwards.
     """
 
     def __init__(self) -> None:
         self._value: tuple[object, Value] | None = None
         self._places: list[Place] = []
+        self._parts: list[Child] = []
 
     def __call__(self, name: object, modules: Iterable[nn.Module | None], make: Callable[[], Value]) -> Value:
         """The value of ``make``, anew if a weight of ``modules`` changed or the last one had another ``name``."""
         if not infers():
             self.drop()
             return make()
-        if self._value is None or self._value[0] != name or not all(map(_stands, self._places)):
+        name = _Steps.made, name
+        if self._value is None or self._value[0] != name or not self._stands():
+            modules = tuple(modules)
             places = [_place(slots, key, weight) for slots, key, weight in _weights(modules)]
             self._places = [place for place in places if place is not None]
+            self._parts = list(_children(modules))
             self._value = name, make()
             if len(self._places) < len(places):  # made in inference mode: nobody counts their changes
                 value, self._value = self._value[1], None
                 return value
         return self._value[1]
 
+    def _stands(self) -> bool:
+        return all(map(_stands, self._places)) and all(slots.get(key) is part for slots, key, part in self._parts)
+
     def drop(self) -> None:
-        self._value, self._places = None, []
+        self._value, self._places, self._parts = None, [], []
 
     def __deepcopy__(self, memo: object) -> "Kept[Value]":
         return Kept()
@@ -65,6 +87,12 @@ def _weights(modules: Iterable[nn.Module | None]) -> Iterable[tuple[Slots, str, 
         for part in () if module is None else module.modules():
             for slots in (part._parameters, part._buffers):
                 yield from ((slots, key, weight) for key, weight in slots.items() if weight is not None)
+
+
+def _children(modules: Iterable[nn.Module | None]) -> Iterable[Child]:
+    for module in modules:
+        for part in () if module is None else module.modules():
+            yield from ((part._modules, key, child) for key, child in part._modules.items() if child is not None)
 
 
 def _place(slots: Slots, key: str, weight: Tensor) -> Place | None:

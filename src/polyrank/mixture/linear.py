@@ -1,12 +1,14 @@
 """What stands in the place of a frozen linear layer."""
 
 from abc import ABC, abstractmethod
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from .base import in_out_features, runs_primitives, weight_of
 from .context import RouteContext
+from .kept import drop_kept
 from .primitives import base_shrink, compute_dtype, expand_, thin_products, with_lora
 from .site import Site
 
@@ -20,6 +22,11 @@ class Mixture(nn.Module, ABC):
         super().__init__()
         self.base = base
         self.site = Site()  # adapt() puts the model's own here
+
+    def train(self, mode: bool = True) -> Self:
+        if mode != self.training:
+            drop_kept(self)
+        return super().train(mode)
 
     @property
     def weight(self) -> Tensor:  # some models look at their layers' weight, for its dtype
@@ -113,7 +120,7 @@ def add(base: nn.Module, y: Tensor, q: Tensor, b: Tensor, scale: float = 1.0) ->
 
 def apply_lora(base: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The frozen layer and one LoRA, without a graph. a: (R, I) and b: (R, O), in the compute dtype."""
-    if type(base) is nn.Linear and runs_primitives(base):
+    if type(base) is nn.Linear and base.weight.dtype == a.dtype == x.dtype and runs_primitives(base):
         return with_lora(x, base.weight, base.bias, a, b)
     y, z = run(base, x, a)
     return add(base, y, z, b)

@@ -12,12 +12,12 @@ from .experts import Experts, LoRAExperts
 from .gates import Gate
 from .kept import Kept, infers
 from .linear import Mixture, add, apply_lora, run
-from .primitives import compute_dtype
+from .primitives import compute_dtype, exactly
 from .routers import Router
 from .site import Site
 
 BY_TASK = frozenset({"task"})
-MOST_KEPT = 8  # LoRAs that inference keeps of a layer whose gate the task decides
+MOST_KEPT = 8  # LoRAs that inference keeps of a layer whose gate the task decides; further tasks run unfolded
 
 
 class LowRankMixture(Mixture, ABC):
@@ -55,16 +55,14 @@ class LowRankMixture(Mixture, ABC):
     def _infer(self, x: Tensor) -> Tensor:
         """The forward without gradients: what does not depend on x is computed once, as long as no weight changes."""
         dtype, parts = compute_dtype(x), tuple(self._modules.values())
-        reads, loras = self._loras((dtype, parts), parts, lambda: (self.reads, {}))
+        reads, loras = self._loras((dtype, self.scale), parts, lambda: (self.reads, {}))
         if reads <= BY_TASK:  # one linear function of each task
             task = self.site.task(x) if reads else 0
-            if task is not None:
+            if task is not None and (task in loras or len(loras) < MOST_KEPT):
                 if task not in loras:
-                    if len(loras) == MOST_KEPT:
-                        loras.clear()
                     loras[task] = self._folded(task, dtype)
                 return apply_lora(self.base, x, *loras[task])
-        a, rank, b = self._thin((dtype, parts), parts, lambda: self._in_inference(dtype))
+        a, rank, b = self._thin((dtype, self.scale), parts, lambda: self._in_inference(dtype))
         y, z = run(self.base, x, a)
         return add(self.base, y, self.mix(x, z, rank, self.site), b)
 
@@ -93,7 +91,9 @@ class LowRankMixture(Mixture, ABC):
             return self.experts.core(z, None, site)
         if not self.training and infers() and self.router.reads == BY_TASK and site.context.tasks:
             parts = self.router, self.gate
-            every = self._gates((site.context.tasks, *parts), parts, lambda: self._gate_of_each_task(x))  # (T, E)
+            every = self._gates(
+                (site.context.tasks, compute_dtype(x)), parts, lambda: self._gate_of_each_task(x)
+            )  # (T, E)
             return self.experts.core(z, F.embedding(site.ids(x), every), site)
         z, rows = z.split((rank, z.shape[-1] - rank), -1)  # one backward pass for both parts, unlike two slices
         return self.experts.core(z, self._weighed(x, rows, site), site)
@@ -133,6 +133,10 @@ class LowRankMixture(Mixture, ABC):
     def task_lora(self, task: int) -> tuple[Tensor, Tensor]:
         """The core is linear in z, so it is its value on the identity: minimal rank, whatever the method."""
         self.refuse_if_input_routed()
+        with exactly(weight_of(self.base)):
+            return self._task_lora(task)
+
+    def _task_lora(self, task: int) -> tuple[Tensor, Tensor]:
         a, training = self.experts.down(), self.training
         eye, site = torch.eye(len(a), device=a.device, dtype=a.dtype), self.site.on(task, a.device)
         fixed = None if self.gate is None else self.gate.fixed()

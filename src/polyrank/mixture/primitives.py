@@ -35,7 +35,7 @@ class _BaseShrink(torch.autograd.Function):
         dy, dz = grads
         dy = dy.reshape(-1, dy.shape[-1])
         dx, da = None, [None] * len(parts)
-        with _settled(x):  # the dtypes were, in the forward
+        with exactly(x):  # the dtypes were settled in the forward
             a = _stacked(parts, x.dtype)
             if ctx.needs_input_grad[0]:
                 dx = _add_products_((dy @ weight.to(dy.dtype)).view(x.shape), dz, a)
@@ -60,13 +60,13 @@ class _Expand(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, b = ctx.saved_tensors
         (dy,) = grads
-        with _settled(dy):  # the scale on what has the size of a weight
+        with exactly(dy):  # the scale on what has the size of a weight
             dq = thin_products(dy, _scaled(b, ctx.scale).to(dy.dtype)) if ctx.needs_input_grad[1] else None
             db = _scaled(_outer(q, dy, b).to(b.dtype), ctx.scale) if ctx.needs_input_grad[2] else None
         return dy, dq, db, None
 
 
-def _settled(x: Tensor) -> AbstractContextManager[object]:
+def exactly(x: Tensor) -> AbstractContextManager[object]:
     """No autocast. Turning it off takes longer than asking whether it is on."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -138,7 +138,7 @@ def with_lora(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tens
     """x W' + b + (x A') B without a graph, in as few calls as there can be; a and b in the compute dtype."""
     y = F.linear(x, weight, bias)
     tokens = x.numel() // x.shape[-1]
-    y.view(tokens, -1).addmm_(F.linear(x, a).view(tokens, len(a)), b)  # there may be no rank
+    y.view(tokens, len(weight)).addmm_(F.linear(x, a).view(tokens, len(a)), b)  # there may be no token and no rank
     return y
 
 

@@ -57,11 +57,11 @@ class TaskEmbedding(Router):
         ids = site.ids(x)
         if infers() or site.per_token:
             return F.embedding(ids, self._table(None, (self,), self._of_each_task))
-        return F.linear(F.embedding(ids, self.embedding()), self.proj)
+        return exact_linear(F.embedding(ids, self.embedding()), self.proj)
 
     def _of_each_task(self) -> Tensor:
         """(T, E). One small product a task: one that joins later does not even change the others' rounding."""
-        return torch.stack([F.linear(e, self.proj) for e in self.embedding.each()])
+        return torch.stack([exact_linear(e, self.proj) for e in self.embedding.each()])
 
     def active_parameters(self) -> int:
         return self.embedding.row_numel() + self.proj.numel()
@@ -192,10 +192,11 @@ class SampleRouter(Router):
         return 0
 
 
-def exact_linear(pooled: Tensor, weight: Tensor) -> Tensor:
-    """Logits (B, E) of pooled samples (B, I), not rounded by autocast: a hard choice follows, and it costs nothing."""
-    with torch.autocast(pooled.device.type, enabled=False):
-        return F.linear(pooled.to(weight.dtype), weight)
+def exact_linear(few: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Logits (..., E) of a few rows (..., I): tasks, pooled samples. Not rounded by autocast: a hard choice may follow,
+    what is kept must not depend on it, and it costs nothing."""
+    with torch.autocast(few.device.type, enabled=False):
+        return F.linear(few.to(weight.dtype), weight, bias)
 
 
 def for_samples(values: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A task of a finished run as files: the LoRA or the plain model, its tokenizer, and its head as the ecosystem has it."""
+"""A task of a finished run as files: the LoRA or the plain model, and its head as the ecosystem has it."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
