@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "summary": {"mixture", "methods"},
     "saving": {"mixture", "methods"},
     "files": set(),
-    "joining": {"mixture", "methods", "files", "saving"},
+    "joining": {"mixture", "methods", "files", "saving", "export"},
     "export": {"mixture", "methods", "files"},
     "adapt": {"mixture", "methods", "targets", "blocks", "places", "summary", "files", "saving", "joining", "export"},
     "checkpoint": {"files"},

@@ -222,7 +222,8 @@ class Adapter:
                 p.requires_grad_(p in own)
 
     def load_bank(self, bank: Mapping[str, str | Path]) -> None:
-        """Put saved adapters, one for each task named, where the method keeps the tasks' experts (MoA, X-LoRA).
+        """Put saved adapters, or LoRAs in PEFT's format, one for each task named, where the method keeps the tasks'
+        experts (MoA, X-LoRA, TaskLoRA).
 
         Raises:
             FileNotFoundError: no adapter there.

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .export.lora import CONFIG, read_lora
 from .files import Fingerprint, difference, read_folder
 from .methods import Method
 from .methods.task_lora import TaskLinear
@@ -52,12 +53,14 @@ def with_task(method: Method, layers: Mapping[str, Mixture], tasks: Sequence[str
 def saved_loras(
     folder: str | Path, layers: Mapping[str, Mixture], task: str, base: Fingerprint
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """What a saved adapter adds to each layer on a task: A (R, I) and B (R, O), its scale included.
+    """What a saved adapter, or a LoRA in PEFT's format, adds to each layer on a task: A (R, I), B (R, O), scale in B.
 
     Raises:
         FileNotFoundError: no adapter there.
         ValueError: of another base, other layers or other tasks, or no LoRA stands for it.
     """
+    if (Path(folder) / CONFIG).is_file():
+        return _pefts_loras(Path(folder), layers)
     tensors, manifest = read_folder(folder)
     if manifest.get("polyrank") != "adapter":
         raise ValueError(
@@ -81,6 +84,31 @@ def saved_loras(
         return {name: layer.task_lora(index) for name, layer in trained.items()}
     except ValueError as error:
         raise ValueError(f"{folder} is no LoRA: {error}") from error
+
+
+def _pefts_loras(folder: Path, layers: Mapping[str, Mixture]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layers that the LoRA leaves out get none. Its names may begin with those of modules around the model here."""
+    loras = read_lora(folder)
+    first = next(iter(loras), "")
+    around = next((first.removesuffix(name) for name in layers if first == name or first.endswith(f".{name}")), "")
+    loras = {name.removeprefix(around): lora for name, lora in loras.items()}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in loras.keys() - layers.keys():
+        raise ValueError(f"{folder} adapts {around}{name}, which this adapter leaves out: adapt with the same targets")
+    for name, layer in layers.items():
+        lora = loras.get(name)
+        like, sizes = layer.weight, (layer.in_features, layer.out_features)
+        a, b = (
+            (like.new_zeros(0, size) for size in sizes)
+            if lora is None
+            else (lora.a.to(like.device), lora.b.to(like.device))
+        )
+        if (a.shape[1], b.shape[1]) != sizes:
+            raise ValueError(
+                f"{folder}: {name} is of a layer {a.shape[1]} -> {b.shape[1]}, here it is {sizes[0]} -> {sizes[1]}"
+            )
+        found[name] = (a, b)
+    return found
 
 
 def put_experts(layers: Mapping[str, Mixture], bank: Mapping[int, Mapping[str, tuple[Tensor, Tensor]]]) -> None:

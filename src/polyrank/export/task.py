@@ -69,6 +69,9 @@ def export(
 ) -> Exported:
     """See ``Adapter.export``. ``note``: what stands in the files about their origin; ``also``: writes more files."""
     exact = max_rank is None and gates is None
+    if gates is None:
+        for layer in adapter.layers.values():
+            layer.refuse_if_input_routed()
     with adapter.on(task):
         wanted = outputs(adapter.model, inputs)
     if format == "dense":
@@ -187,7 +190,6 @@ def _change(layer: Mixture, index: int, gate: Tensor | None, max_rank: int | Non
         whole = isinstance(found, Tensor)
         parts: list[tuple[Any, ...]] = [(layer.base, found) if isinstance(found, Tensor) else (layer.base, *found)]
     else:
-        layer.refuse_if_input_routed()
         try:
             parts, whole = list(layer.task_loras(index)), False
         except ValueError:

@@ -70,7 +70,7 @@ def _export(run: Run, task: Task, test: Examples, place: Path, wish: Wish, say: 
             model.reader.tokenizer.save_pretrained(folder)
         if isinstance(task, HeadTask) and isinstance(model, HeadModel):
             if wish.format == "dense" and isinstance(task, TokenClassification):
-                with adapter.on(task.name):
+                with torch.no_grad(), adapter.on(task.name):
                     wanted = None if gates is not None else model.heads[task.name](model.hidden(inputs, None)[0])
                 _write_token_classifier(folder, model, task, inputs, wanted)
             else:

@@ -92,7 +92,7 @@ def plan(recipe: Recipe) -> Plan:
         weights,
         peak_bytes(),
         median(after - before for before, after in itertools.pairwise(clock)),
-        0 if adapter.method.bank() is None else len(tasks),
+        0 if adapter.method.bank() is None or recipe.bank else len(tasks),
     )
 
 

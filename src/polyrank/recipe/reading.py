@@ -56,7 +56,9 @@ def check_recipe(content: Mapping[str, Any], where: str, folder: Path) -> Recipe
         raise RecipeError("\n".join(_explain(where, item, content) for item in error.errors())) from error
     here = (folder / recipe.model).resolve()
     model = str(here) if here.is_dir() else recipe.model  # otherwise built in, of the working directory, or of the hub
-    return recipe.model_copy(update={"model": model, "tasks": [_located(task, folder) for task in recipe.tasks]})
+    bank = None if recipe.bank is None else {task: str((folder / one).resolve()) for task, one in recipe.bank.items()}
+    tasks = [_located(task, folder) for task in recipe.tasks]
+    return recipe.model_copy(update={"model": model, "tasks": tasks, "bank": bank})
 
 
 def _located(task: TaskSource, folder: Path) -> TaskSource:

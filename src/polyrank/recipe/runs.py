@@ -149,10 +149,15 @@ def _run(recipe: Recipe, folder: Path, resume: bool, progress: bool, features: F
     adapter = attach(recipe, model, batch)
     if recipe.heads == "probe":
         start_heads(model.heads, probes)
+    if recipe.bank is not None:
+        try:
+            adapter.load_bank(recipe.bank)
+        except (FileNotFoundError, ValueError) as error:
+            raise RecipeError(f"bank: {error}") from error
     if not resume:
         start_folder(recipe, folder)
     watch.lap("adapt")
-    if (first := adapter.method.bank()) is not None:
+    if recipe.bank is None and (first := adapter.method.bank()) is not None:
         adapter.load_bank(train_bank(recipe, first, folder, progress, features))
         watch.lap("bank")
     history = train(model, adapter, tasks, recipe.training, folder, progress, resume)

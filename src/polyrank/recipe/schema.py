@@ -112,6 +112,11 @@ class Recipe(_Part):
     bad_rows: Literal["stop", "skip"] = Field(
         default="stop", description="of data files: stop at the first bad row, or leave such rows out and count them"
     )
+    bank: dict[str, str] | None = Field(
+        default=None,
+        description="by task, the folder of a LoRA that is there (PEFT's format, or RUN/adapter): for methods that mix "
+        "trained LoRAs, and train them first where this is left out",
+    )
     heads: Literal["probe", "fresh"] = Field(
         default="probe", description="start of the heads: a linear probe, or random"
     )
@@ -158,6 +163,10 @@ class Recipe(_Part):
             raise ValueError(
                 f"training.task_weights names {sorted(given)}, the tasks are {sorted(names)}: name each once"
             )
+        if self.bank is not None and self.build_method().bank() is None:
+            raise ValueError(f"bank: {self.method['name']} mixes no LoRAs that are given: take moa or xlora")
+        if self.bank is not None and set(self.bank) != names:
+            raise ValueError(f"bank names {sorted(self.bank)}, the tasks are {sorted(names)}: name each once")
         self.training.mixing.stages(self.training.steps, len(self.tasks))
         if (combiner := self.training.combiner()) is not None:
             combiner.check([task.name for task in self.tasks])
