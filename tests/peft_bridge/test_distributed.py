@@ -1,13 +1,12 @@
 """A POLYRANK adapter in two processes: DDP and FSDP2 train as one process does."""
 
-import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from peft import get_peft_model
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
@@ -63,42 +62,64 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
     return {name.removeprefix("module."): p.clone() for name, p in held.items()}
 
 
-def run(rank: int, way: str, method: str, folder: str) -> None:
+def run(rank: int, folder: str) -> None:
+    """One of the two processes: every way and method, one after the other."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
+    mine = slice(2 * rank, 2 * rank + 2)
+    for method in METHODS:
+        model = model_of(method)  # each task's own weights take part in every forward, so none is unused
+        train(DistributedDataParallel(model), mine)
+        torch.save(whole(model), f"{folder}/ddp-{method}-{rank}.pt")
         model = model_of(method)
-        if way == "ddp":  # each task's own weights take part in every forward, so no process has unused ones
-            train(DistributedDataParallel(model), slice(2 * rank, 2 * rank + 2))
-        else:
-            for layer in model.base_model.model.model.layers:
-                fully_shard(layer)
-            fully_shard(model)
-            assert any(isinstance(p, DTensor) for name, p in model.named_parameters() if "polyrank_" in name)
-            train(model, slice(2 * rank, 2 * rank + 2))
-        torch.save(whole(model), f"{folder}/{rank}.pt")
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        train(model, mine)
+        torch.save(whole(model), f"{folder}/fsdp2-{method}-{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("processes")
+    both = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(where)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in both]
     finally:
-        distributed.destroy_process_group()
+        for process in both:
+            process.kill()
+    assert all(process.returncode == 0 for process in both), "\n".join(said)
+    return where
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one(way: str, method: str, tmp_path: Path):
-    if sys.platform != "linux":
-        pytest.skip("gloo with a file as meeting point")
-    mp.spawn(run, (way, method, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+def test_two_processes_train_as_one(way: str, method: str, folder: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         alone = model_of(method)
     start = whole(alone)
     train(alone, slice(0, 4))
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = (torch.load(folder / f"{way}-{method}-{rank}.pt", weights_only=True) for rank in range(2))
     expected = whole(alone)
     assert first.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(first[name], second[name])
         assert_close(first[name], value, rtol=1e-4, atol=1e-6, msg=name)
     assert any(not torch.equal(value, start[name]) for name, value in expected.items())
+
+
+if __name__ == "__main__":
+    run(int(sys.argv[1]), sys.argv[2])
