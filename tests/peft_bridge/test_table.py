@@ -5,6 +5,7 @@ its time. Rows that hold for one of them alone say so.
 """
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -251,6 +252,20 @@ def test_registration_is_idempotent_and_guarded():
     assert kind.value == NAME and kind.name == NAME and peft.utils.peft_types.PeftType.LORA is peft.PeftType("LORA")
     with pytest.raises(ImportError, match="a type POLYRANK of its own"):
         register(type("Other", (PolyrankConfig,), {"__module__": "elsewhere"}), polyrank.peft.PolyrankModel)
+
+
+@pytest.mark.skipif("POLYRANK_PEFT_EXCHANGE" not in os.environ, reason="make test-peft says where versions meet")
+def test_versions_read_each_other():
+    """Each run leaves its adapter there, and reads those that others left: names, values and outputs are the same."""
+    folder = Path(os.environ["POLYRANK_PEFT_EXCHANGE"])
+    model = adapted({"name": "moore"} | FIELDS["moore"])
+    model.save_pretrained(folder / peft.__version__)
+    mine = load_file(folder / peft.__version__ / "adapter_model.safetensors")
+    for other in folder.iterdir():
+        theirs = load_file(other / "adapter_model.safetensors")
+        assert {name: value.shape for name, value in mine.items()} == {k: v.shape for k, v in theirs.items()}, other
+        loaded = PeftModel.from_pretrained(llama(), other)
+        assert_close(logits(loaded, task_id=IDS), logits(model, task_id=IDS))
 
 
 # Frozen parts
@@ -542,6 +557,26 @@ def test_the_moments_of_a_method_are_reached():
     handle.after_step()
     assert handle.settles > 0
     assert before.keys() == dict(handle.named_parameters()).keys()
+
+
+def test_a_bank_of_adapters_joins(tmp_path: Path):
+    """X-LoRA mixes LoRAs that were trained before, by `adapt`."""
+    alone = adapt(llama(), METHODS["lora"](rank=2), tasks=["mood"], targets=LINEAR)
+    with torch.no_grad():
+        for p in alone.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    alone.save(tmp_path / "mood")
+    model = get_peft_model(llama(), config({"name": "xlora", "rank": 2})).eval()
+    before = logits(model)
+    polyrank.peft.handle(model).load_bank({"mood": tmp_path / "mood"})
+    assert float((logits(model) - before).abs().max()) > 1e-3
+    with pytest.raises(ValueError, match="no bank of one expert for each task"):
+        polyrank.peft.handle(adapted()).load_bank({"mood": tmp_path / "mood"})
+    model.add_adapter("other", config("lora"))
+    assert len(model.base_model.model._forward_pre_hooks) == 2
+    model.set_adapter("other")  # X-LoRA's extra forward is gone with it
+    assert len(model.base_model.model._forward_pre_hooks) == 1
+    assert_close(logits(model), logits(llama()))
 
 
 # Merging, and what is LoRA's alone

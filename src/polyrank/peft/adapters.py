@@ -7,18 +7,20 @@ transformers' ``model.add_adapter`` are served alike. (PEFT's models swallow ``t
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from polyrank.joining import task_parts
+from polyrank.files import Fingerprint, fingerprint
+from polyrank.joining import put_experts, saved_loras, task_parts
 from polyrank.methods import Method
 from polyrank.methods.base import Hears
 from polyrank.mixture import Mixture, RouteContext
 from polyrank.places import Places
-from polyrank.saving import named_weights
+from polyrank.saving import copy_weights, named_weights
 
 from .checkpointing import capture, release
 from .layer import PolyrankLayer
@@ -33,8 +35,16 @@ NO_TASK = (
 class Handle:
     """One POLYRANK adapter of a model: its tasks, its layers, and the moments of its method."""
 
-    def __init__(self, name: str, method: Method, context: RouteContext, places: Mapping[str, PolyrankLayer]) -> None:
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        context: RouteContext,
+        places: Mapping[str, PolyrankLayer],
+        base: Fingerprint,
+    ) -> None:
         self.name, self.method, self.context, self._places = name, method, context, dict(places)
+        self.base_fingerprint = base
         self._routes_by_task: bool | None = None
         self.hooks: list[RemovableHandle] = []  # the method's own on the model, while the adapter runs
 
@@ -76,6 +86,22 @@ class Handle:
     ) -> AbstractContextManager[None]:
         """Fix the task of every call inside a ``with`` block, also of calls that bypass the model's own forward."""
         return self.context.on(self.task_ids(tasks), attention_mask)
+
+    def load_bank(self, bank: Mapping[str, str | Path]) -> None:
+        """Put adapters that ``Adapter.save`` wrote, one for each task named, where the method keeps the tasks' experts.
+
+        Raises:
+            FileNotFoundError: no adapter there.
+            ValueError: as ``Adapter.load_bank``; nothing was changed.
+        """
+        layers, ids = self.layers, {task: int(self.task_ids(task)[0]) for task in bank}
+        found = {ids[task]: saved_loras(folder, layers, task, self.base_fingerprint) for task, folder in bank.items()}
+        before = {name: p.detach().clone() for name, p in self.named_parameters()}
+        try:
+            put_experts(layers, found)
+        except ValueError:
+            copy_weights(layers, before)
+            raise
 
     # Training.
 
@@ -136,6 +162,7 @@ class Adapters:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.base_fingerprint = fingerprint(dict(model.named_parameters()))
         self.arguments = tuple(inspect.signature(model.forward).parameters)
         self.handles: dict[str, Handle] = {}
         self.layers: dict[str, PolyrankLayer] = {}

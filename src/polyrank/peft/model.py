@@ -211,7 +211,9 @@ class _Plan:
         places.fill({name: layers[name] for name in self.fresh})  # type: ignore[dict-item]
         adapters.places.append(places)
         adapters.layers |= layers
-        adapters.handles[self.adapter] = Handle(self.adapter, self.method, self.context, layers)
+        adapters.handles[self.adapter] = Handle(
+            self.adapter, self.method, self.context, layers, adapters.base_fingerprint
+        )
 
     def _layer(self, name: str, mixture: Mixture, adapters: Adapters) -> PolyrankLayer:
         layer = PolyrankLayer(mixture.base, adapters)
