@@ -35,6 +35,8 @@ from polyrank import METHODS, adapt
 from polyrank.mixture import Mixture
 from polyrank.peft import PolyrankConfig, PolyrankLayer
 
+HEAVY = pytest.mark.slow  # `make test` runs the cheapest rows, `make test-peft` all of them
+
 TASKS = ["news", "mood", "pets"]
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 MORE = {"name": "more", "rank": 4, "alpha": 4}
@@ -125,6 +127,7 @@ def test_it_computes_what_adapt_computes():
     assert len(ours) > 4 and all(p.grad is None for p in llama().parameters())
 
 
+@HEAVY
 def test_it_starts_as_the_base_and_trains_the_adapter_alone(capsys: pytest.CaptureFixture):
     model = get_peft_model(llama(), config())
     assert_close(logits(model, task_id="mood"), logits(llama()))
@@ -138,6 +141,7 @@ def test_it_starts_as_the_base_and_trains_the_adapter_alone(capsys: pytest.Captu
     assert status.peft_types == {"default": "POLYRANK"}
 
 
+@HEAVY
 def test_the_task_is_a_tensor_a_name_or_names():
     model = adapted()
     every = logits(model, task_id=IDS)
@@ -165,7 +169,9 @@ def test_no_task_is_an_error_and_never_a_fall_through():
         logits(model)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("more", "moore", "vb_lora") else pytest.param(name, marks=HEAVY) for name in METHODS]
+)
 def test_every_method(name: str, tmp_path: Path):
     """Built by PEFT, it computes what `adapt` does, and its files hold all of it."""
     method = {"name": name} | FIELDS.get(name, {})
@@ -208,6 +214,7 @@ def test_the_files_are_small_plain_and_the_same_for_every_version(tmp_path: Path
     assert isinstance(read, PolyrankConfig) and read.build() == config().build()
 
 
+@HEAVY
 def test_loading_by_every_door(tmp_path: Path):
     base = tmp_path / "base"
     model = shaken(get_peft_model(llama(base), config()).eval())
@@ -227,7 +234,7 @@ def test_loading_by_every_door(tmp_path: Path):
     assert all(p.requires_grad for p in polyrank.peft.handle(trained).parameters())
 
 
-@pytest.mark.slow
+@HEAVY
 def test_without_our_import_peft_does_not_know_the_type(tmp_path: Path):
     adapted().save_pretrained(tmp_path)
     code = "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])"
@@ -239,6 +246,7 @@ def test_without_our_import_peft_does_not_know_the_type(tmp_path: Path):
         assert error in done.stderr and bool(done.returncode) == bool(error), done.stderr
 
 
+@HEAVY
 def test_registration_is_idempotent_and_guarded():
     from importlib import reload
 
@@ -271,7 +279,7 @@ def test_versions_read_each_other():
 # Frozen parts
 
 
-@pytest.mark.parametrize("name", ["moore", "moore_topk", "pissa"])
+@pytest.mark.parametrize("name", ["moore", *(pytest.param(name, marks=HEAVY) for name in ("moore_topk", "pissa"))])
 def test_frozen_parts_are_checked_when_loaded(name: str, tmp_path: Path):
     model = adapted({"name": name} | FIELDS.get(name, {"rank": 4}))
     model.save_pretrained(tmp_path)
@@ -290,6 +298,7 @@ def test_frozen_parts_are_checked_when_loaded(name: str, tmp_path: Path):
         PeftModel.from_pretrained(other, tmp_path)
 
 
+@HEAVY
 def test_frozen_parts_are_saved_whole_on_demand(tmp_path: Path):
     method = {"name": "moore"} | FIELDS["moore"]
     model = adapted(method, with_factors=True)
@@ -307,6 +316,7 @@ def test_frozen_parts_are_saved_whole_on_demand(tmp_path: Path):
         assert_close(logits(loaded, task_id=IDS), expected, rtol=0, atol=0)
 
 
+@HEAVY
 def test_masters_stay_in_fp32_beside_a_16_bit_base(tmp_path: Path):
     model = shaken(get_peft_model(llama().bfloat16(), config()).eval())
     model.save_pretrained(tmp_path)
@@ -356,6 +366,7 @@ def test_adapters_side_by_side(tmp_path: Path):
     assert not base._forward_pre_hooks and not base._forward_hooks
 
 
+@HEAVY
 def test_blocks_stand_alone():
     targets = ["gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(llama(), config("mixlora", targets))
@@ -385,6 +396,7 @@ def test_injected_without_a_peft_model():
     assert float((logits(model, task_id=IDS) - before).abs().max()) > 1e-3
 
 
+@HEAVY
 def test_added_by_transformers():
     model = llama()
     before = logits(model)
@@ -406,6 +418,7 @@ def test_added_by_transformers():
 # Types of tasks
 
 
+@HEAVY
 def test_classification(tmp_path: Path):
     torch.manual_seed(0)
     bert = BertConfig(
@@ -444,6 +457,7 @@ def t5() -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(t5_config).eval()
 
 
+@HEAVY
 @pytest.mark.parametrize("kind", [None, "SEQ_2_SEQ_LM"])
 def test_sequence_to_sequence(kind: str | None):
     model = shaken(get_peft_model(t5(), config(targets=["q", "v", "wo"], task_type=kind)).eval())
@@ -477,12 +491,14 @@ def check_generation(model: nn.Module, tokens: Tensor, mask: Tensor, by_keyword:
             assert torch.equal(generated(slice(i, i + 1), how), together[i * times : (i + 1) * times])
 
 
+@HEAVY
 @pytest.mark.parametrize("name", ["more", "moore"])
 def test_generation(name: str):
     model = adapted({"name": name} | FIELDS.get(name, MORE))
     check_generation(model, TOKENS, torch.ones_like(TOKENS))
 
 
+@HEAVY
 def test_generation_of_a_gate_that_pools_its_prompt():
     model = adapted({"name": "moore", "router": "sample", "num_reflections": 4, "task_dim": 6, "router_dim": 5})
     mask = torch.ones_like(TOKENS)
@@ -490,6 +506,7 @@ def test_generation_of_a_gate_that_pools_its_prompt():
     check_generation(model, TOKENS, mask)
 
 
+@HEAVY
 def test_images(tmp_path: Path):
     torch.manual_seed(0)
     vit = ViTConfig(
@@ -530,6 +547,7 @@ def test_two_checkpointed_forwards_before_one_backward(reentrant: bool):
         assert_close(made_again, kept)
 
 
+@HEAVY
 def test_checkpointing_refuses_what_it_would_lose():
     model = adapted({"name": "mixlora", "num_experts": 4, "rank": 2}, targets=["gate_proj", "up_proj", "down_proj"])
     model.train().enable_input_require_grads()
@@ -541,6 +559,7 @@ def test_checkpointing_refuses_what_it_would_lose():
     assert set(polyrank.peft.handle(model).losses()) == {"balance"}
 
 
+@HEAVY
 def test_the_moments_of_a_method_are_reached():
     model = get_peft_model(llama(), config({"name": "ase", "num_experts": 4, "k": 2, "rank": 2})).train()
     handle = polyrank.peft.handle(nn.DataParallel(model) if torch.cuda.is_available() else nn.Sequential(model))
@@ -559,6 +578,7 @@ def test_the_moments_of_a_method_are_reached():
     assert before.keys() == dict(handle.named_parameters()).keys()
 
 
+@HEAVY
 def test_a_bank_of_adapters_joins(tmp_path: Path):
     """X-LoRA mixes LoRAs that were trained before, by `adapt`."""
     alone = adapt(llama(), METHODS["lora"](rank=2), tasks=["mood"], targets=LINEAR)
@@ -608,6 +628,7 @@ def test_merging():
     assert_close(logits(routed), expected, rtol=0, atol=0)
 
 
+@HEAVY
 def test_what_is_for_lora_alone_refuses_in_words(tmp_path: Path):
     from peft.utils.hotswap import hotswap_adapter
 
