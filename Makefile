@@ -5,8 +5,13 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INPUTS := pyproject.toml constraints-dev.txt
 
+# the PEFT bridge is tested against the oldest PEFT that is supported and the newest, each with a transformers of its time
+OLD_PEFT := peft==0.18.1 transformers==5.0.0
+NEW_PEFT := peft transformers
+MEET     := $(CURDIR)/.venv-peft-new/meet
+
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test slow lint bench format cards docs build clean
+.PHONY: help setup quickstart test slow test-peft lint bench format cards docs build clean
 
 help: ## this list
 	@echo "Polyrank. The targets set up $(VENV) by themselves; start with 'make quickstart'."
@@ -45,6 +50,21 @@ test: $(VENV)/.dev ## the tests that every change must pass
 slow: $(VENV)/.dev ## the heavy checks
 	@$(BIN)/pytest -q -m slow
 
+.venv-peft-old/.use: PEFTS = $(OLD_PEFT)
+.venv-peft-new/.use: PEFTS = $(NEW_PEFT)
+.venv-peft-old/.use .venv-peft-new/.use: $(INPUTS)
+	@echo "installing $(PEFTS) into $(@D) (once; torch is large)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints-dev.txt torch
+	@$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints-dev.txt -e '.[peft]' $(PEFTS) 'pytest>=8.3,<10'
+	@touch $@
+
+test-peft: .venv-peft-old/.use .venv-peft-new/.use ## the PEFT bridge with the oldest and the newest PEFT, in environments of their own
+	@rm -rf $(MEET) && mkdir $(MEET)
+	@POLYRANK_PEFT_EXCHANGE=$(MEET) OMP_NUM_THREADS=1 .venv-peft-old/bin/pytest -q -m '' tests/peft_bridge
+	@POLYRANK_PEFT_EXCHANGE=$(MEET) OMP_NUM_THREADS=1 .venv-peft-new/bin/pytest -q -m '' tests/peft_bridge
+	@POLYRANK_PEFT_EXCHANGE=$(MEET) OMP_NUM_THREADS=1 .venv-peft-old/bin/pytest -q -k versions tests/peft_bridge
+
 lint: $(VENV)/.dev ## ruff (rules and format) and pyright
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -69,5 +89,5 @@ build: $(VENV)/.dev ## wheel and sdist into dist/
 	@$(BIN)/python -m build
 
 clean: ## remove .venv and everything that was built (the download cache stays)
-	@rm -rf $(VENV) dist build site .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .venv-peft-old .venv-peft-new dist build site .pytest_cache .ruff_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

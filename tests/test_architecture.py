@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "evaluate": {"corpus", "models", "tasks"},
     "probe": {"models", "tasks"},
     "retaining": {"models", "tasks"},
+    "peft": {"mixture", "methods", "targets", "blocks", "places", "files", "saving", "joining"},
 }
 # a room may not import these
 MAY_NOT_IMPORT = {
@@ -52,6 +53,7 @@ MAY_NOT_IMPORT = {
 ONLY = {
     "yaml": {"recipe", "cli", "quickstart"},
     "typer": {"recipe", "cli", "quickstart"},
+    "peft": {"peft"},  # opt-in: `import polyrank` works without it
     "polyrank.recipe": {"cli", "quickstart"},
     "polyrank.cli": {"__main__"},
 }

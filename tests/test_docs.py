@@ -119,6 +119,12 @@ SETUP: dict[str, Callable[[], dict[str, object]]] = {
         "my_loss": lambda output: output.last_hidden_state.square().mean(),
         "fresh_model": tiny.backbone(),
     },
+    "docs/peft.md": lambda: {
+        "batch": {name: torch.randint(4, 14, (4, 6)) for name in ("input_ids", "labels")},
+        "base": tiny.decoder(),
+        "fresh_base": tiny.decoder(),
+        "another_base": tiny.decoder(),
+    },
 }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from polyrank.models import HeadModel
 from polyrank.tasks import Classification, Examples
@@ -37,6 +37,23 @@ def backbone(seed: int = 0) -> BertModel:
         attention_probs_dropout_prob=0.0,
     )
     return BertModel(config).eval()
+
+
+def decoder(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=15,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 def save_model(folder: Path) -> Path:

@@ -37,7 +37,7 @@ def find(model: nn.Module, targets: str | Sequence[str], exclude: str | None = N
     if not chosen:
         raise ValueError(f"targets={targets!r} matches no linear layer{_nearest(targets, linear)}")
     for name, module in chosen.items():
-        reason = _obstacle(model, linear, name, module)
+        reason = obstacle(model, linear, name, module)
         if reason is not None:
             raise ValueError(f"{name} cannot be adapted: {reason}")
     return chosen
@@ -76,7 +76,7 @@ def _nearest(targets: str | Sequence[str], linear: dict[str, nn.Module]) -> str:
     return f"{hint} The model has layers that end in: {', '.join(ends[:12])}{', ...' if len(ends) > 12 else ''}"
 
 
-def _obstacle(model: nn.Module, linear: dict[str, nn.Module], name: str, module: nn.Module) -> str | None:
+def obstacle(model: nn.Module, linear: dict[str, nn.Module], name: str, module: nn.Module) -> str | None:
     """Why the layer cannot be adapted, with the cure; None if it can."""
     twins = [other for other, twin in linear.items() if twin is module and other != name]
     if twins:

@@ -105,6 +105,16 @@ class RouteContext:
         return nullcontext(), _Replay(self, self._active or self._pinned)
 
     @property
+    def pins(self) -> bool:
+        """Whether ``on`` is under way."""
+        return self._pinned is not None
+
+    @property
+    def pinned_task(self) -> int | None:
+        """The one task that ``on`` fixed, where that is known without waiting for the device."""
+        return None if self._pinned is None else self._pinned.task
+
+    @property
     def route(self) -> Route:
         """The route of the forward under way.
 

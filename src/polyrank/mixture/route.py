@@ -7,7 +7,7 @@ from torch import Tensor
 
 NO_TASK = (
     "this method routes by task and none was given: call the model with task_ids=<LongTensor (B,)>, or wrap the call "
-    "in `with adapter.on('task'):`"
+    "in `with adapter.on('task'):` (in a PEFT model task_id=, and polyrank.peft.on(model, 'task'))"
 )
 
 Note = tuple[str, Tensor]  # layer name, what it left
