@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,27 @@ class Adapter:
         self._in_place()
         ids = tasks if isinstance(tasks, Tensor) else self.task_ids(tasks)
         return self.context.on(ids, attention_mask)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside a ``with`` block the model is the frozen base, bit for bit; its forward still takes ``task_ids``.
+
+        Raises:
+            RuntimeError: the base's weights are on disk (``release_base``).
+        """
+        self._in_place()
+        if self._released is not None:
+            raise RuntimeError(f"the base's weights are in {self._released}: load the adapter on a base in memory")
+        for hook in self._attached:
+            hook.remove()
+        self._attached = []
+        self._places.restore()
+        try:
+            yield
+        finally:
+            for name, layer in self.layers.items():
+                layer.train(self.model.get_submodule(name).training)
+            self._put_in(self.layers)
 
     # Training.
 
