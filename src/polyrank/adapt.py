@@ -17,7 +17,7 @@ from .files import Fingerprint, checked_name, difference, fingerprint, read_fold
 from .joining import put_experts, saved_loras, task_parts, with_task
 from .methods import Method
 from .methods.base import Hears
-from .mixture import Mixture, RouteContext, Site
+from .mixture import Mixture, RouteContext, Site, drop_kept
 from .places import Places, lost_by_rounding, merge_into_bases
 from .saving import copy_weights, frozen_parts, load_frozen, method_fields, method_from, named_weights, projection
 from .summary import Summary, summarise
@@ -177,8 +177,10 @@ class Adapter:
         self.method.before_step(self.layers, done)
 
     def after_step(self) -> None:
-        """Tell the method that the optimiser has made a step."""
+        """Tell the method that the optimiser has made a step; what inference kept of the weights before is dropped."""
         self.method.after_step(self.layers)
+        for layer in self.layers.values():
+            drop_kept(layer)  # fused optimisers write weights without autograd's count of changes
 
     def after_task(self) -> None:
         """Tell the method that a task is over, where tasks are trained one after the other."""

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from polyrank.adapt import Adapter
 from polyrank.hf.checkpoints import restore_from, save_into
 from polyrank.hf.collator import TaskCollator
-from polyrank.hf.losses import TaskLosses, losses_of
+from polyrank.hf.losses import Losses, TaskLosses, losses_of
 from polyrank.methods import Method
 from polyrank.mixture import Mixture
 from polyrank.tasks.base import MISSING
@@ -118,9 +118,10 @@ class PolyrankTrainerMixin(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        if self._pinned is not None:  # prediction_step listens
+            return super().compute_loss(model, self._with_prompt(inputs), return_outputs, num_items_in_batch)  # type: ignore[arg-type]
         ids, labels = self._ids(inputs), inputs.get("labels")
-        training = self.adapter.model.training
-        with _Heard(self.adapter) as heard:
+        with _Heard(self.adapter, torch.is_grad_enabled()) as heard:
             found: Any = super().compute_loss(
                 model,
                 self._with_prompt(inputs),
@@ -128,16 +129,15 @@ class PolyrankTrainerMixin(Trainer):
                 num_items_in_batch=num_items_in_batch,  # type: ignore[arg-type]
             )
         auxiliary = sum(heard.losses.values(), torch.zeros((), device=ids.device)) if heard.losses else None
-        rows = losses_of(heard.output, labels, ids, shifts=self._writes, problem=self._problem)
-        (self._trained if training else self._evaluated).add(rows, None if auxiliary is None else auxiliary.detach())
-        if auxiliary is None or not training:
+        if not self.adapter.model.training:
+            return found
+        self._trained.add(self._losses(heard.output, labels, ids), auxiliary)
+        if auxiliary is None:
             return found
         auxiliary = auxiliary / (self.current_gradient_accumulation_steps if self._scaled(num_items_in_batch) else 1)
         return (found[0] + auxiliary, *found[1:]) if return_outputs else found + auxiliary
 
     def _ids(self, inputs: Mapping[str, Any]) -> Tensor:
-        if self._pinned is not None:
-            return self._pinned
         if self.task_keyword not in inputs:
             raise ValueError(
                 f"a batch came without {self.task_keyword!r}, only with {', '.join(inputs)}: let the data loader use "
@@ -159,10 +159,10 @@ class PolyrankTrainerMixin(Trainer):
         """Whether logits are those of the next token."""
         return type(self.adapter.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
-    @property
-    def _problem(self) -> str | None:
+    def _losses(self, output: Any, labels: Any, ids: Tensor) -> list[Losses]:
         model = self.adapter.model
-        return model.config.problem_type if isinstance(model, PreTrainedModel) else None
+        problem = model.config.problem_type if isinstance(model, PreTrainedModel) else None
+        return losses_of(output, labels, ids, shifts=self._writes, problem=problem)
 
     def _scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the loss is the micro-batch's share of the whole step already; otherwise the Trainer divides it."""
@@ -174,13 +174,15 @@ class PolyrankTrainerMixin(Trainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """With the tasks pinned: generation may bypass the model's own forward."""
         inputs = self._prepare_inputs(dict(inputs))  # type: ignore[assignment]
-        ids = self._ids(inputs)
+        ids, labels = self._ids(inputs), inputs.get("labels")
         self._pinned = inputs.pop(self.task_keyword)
         try:
-            with self.adapter.on(ids, inputs.get("attention_mask")):
-                return super().prediction_step(model, inputs, *args, **kwargs)
+            with self.adapter.on(ids, inputs.get("attention_mask")), _Heard(self.adapter, False) as heard:
+                found = super().prediction_step(model, inputs, *args, **kwargs)
         finally:
             self._pinned = None
+        self._evaluated.add(self._losses(heard.output, labels, ids))
+        return found
 
     # Steps.
 
@@ -193,9 +195,8 @@ class PolyrankTrainerMixin(Trainer):
             others = [p for p in self._adapted().parameters() if p.requires_grad and p not in own]
             if others:
                 groups.append({"params": others, "lr": rate, "weight_decay": decay})
-            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
-                self.args, self._adapted()
-            )  # type: ignore[arg-type]
+            model: Any = self._adapted()
+            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
             if {"params", "model", "optimizer_dict"} & options.keys() or not isinstance(kind, type):
                 raise ValueError(
                     f"optim={self.args.optim} groups the weights itself: take another, such as adamw_torch"
@@ -260,11 +261,11 @@ class _Steps(TrainerCallback):
 
 
 class _Heard:
-    """What the model's last forward inside the block said and left behind; one without gradients beside others that
-    have them (TRL's, for its metrics) is passed over."""
+    """What the model's last forward inside the block said and left behind, of those that have gradients (TRL also runs
+    some without, for its metrics), or have none."""
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter, self.gradients = adapter, torch.is_grad_enabled()
+    def __init__(self, adapter: Adapter, gradients: bool) -> None:
+        self.adapter, self.gradients = adapter, gradients
         self.output: Any = None
         self.losses: dict[str, Tensor] = {}
 

@@ -20,8 +20,8 @@ class Kept(Generic[Value]):
     """One value computed from weights, for as long as they are what they were.
 
     A weight that was replaced, moved or changed in place is noticed (autograd counts changes), and a forward with
-    gradients frees the value. Only what was written through ``weight.data`` passes unseen: such code calls
-    ``drop_kept`` afterwards.
+    gradients frees the value. What is written through ``weight.data``, or by a fused optimiser, passes unseen: such
+    code calls ``drop_kept`` afterwards (``adapter.after_step`` does).
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Kept(Generic[Value]):
 
 
 def drop_kept(model: nn.Module) -> None:
-    """Forget what inference kept: after weights were written through ``.data``, which nothing else notices."""
+    """Forget what inference kept: after weights were written in a way that autograd does not count."""
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Kept):
