@@ -42,6 +42,8 @@ MAY_IMPORT = {
     "evaluate": {"corpus", "models", "tasks"},
     "probe": {"models", "tasks"},
     "retaining": {"models", "tasks"},
+    "hf": {"adapt", "files", "methods", "mixture", "saving", "tasks"},
+    "lm_eval": {"models", "recipe"},
 }
 # a room may not import these
 MAY_NOT_IMPORT = {
@@ -51,8 +53,11 @@ MAY_NOT_IMPORT = {
 ONLY = {
     "yaml": {"recipe", "cli", "quickstart"},
     "typer": {"recipe", "cli", "quickstart"},
-    "polyrank.recipe": {"cli", "quickstart"},
+    "polyrank.recipe": {"cli", "quickstart", "lm_eval"},
     "polyrank.cli": {"__main__"},
+    "polyrank.hf": set(),
+    "trl": set(),
+    "lm_eval": {"lm_eval"},
 }
 
 FILES = sorted(SRC.rglob("*.py"))

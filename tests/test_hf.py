@@ -1,5 +1,9 @@
 """Inside the Trainer: the task reaches every sample, steps equal a loop by hand, a resumed run an uninterrupted one."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -432,3 +436,44 @@ def test_what_would_lose_the_task_or_the_adapter_is_refused(tmp_path: Path):
         run.create_optimizer()
     with pytest.raises(ValueError, match="came without 'task_ids'"):
         run.compute_loss(model, pad(written(2)))
+
+
+TWO = """
+import sys
+from test_hf import *
+
+def main(rank, world, folder):
+    import os
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": sys.argv[2]}
+    model, adapter = writer(ASE(num_experts=4, k=2, num_shared=1, rank=2, alpha=2, mutual_information=0))
+    run = trainer(folder, model, adapter, written(32), per_device_train_batch_size=4 // world, optim="sgd",
+                  gradient_accumulation_steps=2)
+    run.train()
+    if rank == 0:
+        logs = [{key: entry[key] for key in entry if key.startswith("loss_")} for entry in run.state.log_history]
+        torch.save((adapter.state_dict(), [one for one in logs if one]), Path(folder) / f"of_{world}.pt")
+
+if __name__ == "__main__":
+    folder, world = Path(sys.argv[1]), int(sys.argv[3])
+    main(0, 1, folder) if world == 1 else torch.multiprocessing.spawn(main, (2, folder), 2)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_log_as_one(tmp_path: Path):
+    """Each step's samples are the same, its loss is over all of them, and so are the losses in the log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    (tmp_path / "two.py").write_text(TWO)
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    for world in ("1", "2"):
+        program = [sys.executable, "-W", "ignore", str(tmp_path / "two.py"), str(tmp_path), port, world]
+        done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    (one, log), (two, logs) = (torch.load(tmp_path / f"of_{world}.pt") for world in (1, 2))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    assert len(log) == len(logs) == 2
+    assert all(theirs == pytest.approx(mine, rel=1e-4) for mine, theirs in zip(log, logs, strict=True))

@@ -61,7 +61,7 @@ def trainer(folder: Path, method: Method, rows: list[dict] = ROWS, kind: type = 
 
 
 def seen(run: SFTTrainer) -> list[tuple[Tensor, Tensor]]:
-    """What reaches the model's forward: token ids and task ids."""
+    """What reaches the model in training: token ids and task ids."""
     found: list[tuple[Tensor, Tensor]] = []
     run.model.register_forward_pre_hook(
         lambda module, args, kwargs: (
