@@ -6,6 +6,9 @@ It is lm-eval's own command, with one model more. Requests of one route go to lm
 that scores are those that ``--model hf`` would give a plain model of that task.
 """
 
+# pyright: reportMissingImports=false
+# lm-eval is an extra that the development environment need not have
+
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
