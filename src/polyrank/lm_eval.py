@@ -27,10 +27,11 @@ from polyrank.recipe import load_run
 
 BASE = "base"  # the route of the frozen model, without the adapter
 Said = TypeVar("Said")
+HarnessModel: Any = HFLM  # its registry decorator hides its type
 
 
 @register_model("polyrank")
-class PolyrankLM(HFLM):
+class PolyrankLM(HarnessModel):
     """The language model of a run folder.
 
     A request's route is the first of ``routes`` whose pattern fits the name of its lm-eval task, else the run's task of
@@ -100,13 +101,16 @@ class PolyrankLM(HFLM):
         raise ValueError("lm-eval's cache knows the text of a request and not its task: leave out --use_cache")
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return self._by_route(requests, lambda some: super(PolyrankLM, self).loglikelihood(some, disable_tqdm))
+        ask = super().loglikelihood
+        return self._by_route(requests, lambda some: ask(some, disable_tqdm))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        return self._by_route(requests, lambda some: super(PolyrankLM, self).loglikelihood_rolling(some, disable_tqdm))
+        ask = super().loglikelihood_rolling
+        return self._by_route(requests, lambda some: ask(some, disable_tqdm))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        return self._by_route(requests, lambda some: super(PolyrankLM, self).generate_until(some, disable_tqdm))
+        ask = super().generate_until
+        return self._by_route(requests, lambda some: ask(some, disable_tqdm))
 
     def _by_route(self, requests: Sequence[Instance], ask: Callable[[list[Instance]], list[Said]]) -> list[Said]:
         places: dict[str, list[int]] = {}
