@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from polyrank import Adapter, LoRA, MoORE, MoRE, adapt
 from polyrank.mixture import MixtureLinear
-from small import IDS, Net, inputs
+from small import IDS, METHODS, Net, adapted, base, inputs
 
 
 class Twice(nn.Module):
@@ -223,3 +223,40 @@ def test_merging_as_finely_as_the_adapter_loses_nothing(caplog):
 def test_one_string_is_no_list_of_tasks():
     with pytest.raises(ValueError, match="give a list"):
         adapt(Net(), LoRA(), tasks="news")
+
+
+def test_off_is_the_base_bit_for_bit_and_on_again_the_adapter():
+    for method in (MoRE(rank=4), MoORE(num_reflections=2), METHODS["xlora"], METHODS["mixlora"]):
+        plain = base(method).eval()
+        net, adapter = adapted(method)
+        net.eval()
+        x, ids = inputs(4, 5, 16), IDS
+        with torch.no_grad():
+            before = net(x, task_ids=ids)
+            with adapter.off():
+                assert torch.equal(net(x, task_ids=ids), plain(x)), method
+                net.train()
+            assert all(layer.training for layer in adapter.layers.values())
+            net.eval()
+            assert torch.equal(net(x, task_ids=ids), before), method
+            assert not torch.equal(before, plain(x))
+
+
+def test_a_fused_optimiser_s_step_is_seen_by_inference():
+    """It raises no version of the weights that it writes."""
+    net, adapter = adapted(MoRE(rank=4))
+    optimizer = torch.optim.AdamW(adapter.param_groups(0.1), fused=True)
+    x = inputs(4, 5, 16)
+
+    def answer() -> Tensor:
+        with torch.no_grad():
+            return net.eval()(x, task_ids=IDS)
+
+    answer()
+    net.train()(x, task_ids=IDS).square().sum().backward()
+    optimizer.step()
+    adapter.after_step()
+    twin, other = adapted(MoRE(rank=4))
+    other.load_state_dict(adapter.state_dict())
+    with torch.no_grad():
+        assert torch.equal(answer(), twin.eval()(x, task_ids=IDS))

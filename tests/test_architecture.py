@@ -44,6 +44,8 @@ MAY_IMPORT = {
     "probe": {"models", "tasks"},
     "retaining": {"models", "tasks"},
     "peft": {"mixture", "methods", "targets", "blocks", "places", "files", "saving", "joining"},
+    "hf": {"adapt", "files", "methods", "mixture", "saving", "tasks"},
+    "lm_eval": {"models", "recipe"},
 }
 # a room may not import these
 MAY_NOT_IMPORT = {
@@ -55,7 +57,11 @@ ONLY = {
     "typer": {"recipe", "cli", "quickstart"},
     "peft": {"peft"},  # opt-in: `import polyrank` works without it
     "polyrank.recipe": {"cli", "quickstart"},
+    "polyrank.recipe": {"cli", "quickstart", "lm_eval"},
     "polyrank.cli": {"__main__"},
+    "polyrank.hf": set(),
+    "trl": set(),
+    "lm_eval": {"lm_eval"},
 }
 
 FILES = sorted(SRC.rglob("*.py"))

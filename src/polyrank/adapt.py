@@ -99,6 +99,25 @@ class Adapter:
         ids = tasks if isinstance(tasks, Tensor) else self.task_ids(tasks)
         return self.context.on(ids, attention_mask)
 
+    @contextmanager
+    def off(self) -> Iterator[nn.Module]:
+        """Inside a ``with`` block the model is the frozen base, bit for bit; its forward still takes ``task_ids``.
+
+        A base that was released is back in memory from then on.
+        """
+        self._in_place()
+        self._restore_base()
+        for hook in self._attached:
+            hook.remove()
+        self._attached = []
+        self._places.restore()
+        try:
+            yield self.model
+        finally:
+            for name, layer in self.layers.items():
+                layer.train(self.model.get_submodule(name).training)
+            self._put_in(self.layers)
+
     # Training.
 
     @property
@@ -367,23 +386,6 @@ class Adapter:
         return self.remove()
 
     @contextmanager
-    def out(self) -> Iterator[nn.Module]:
-        """The model as it was before ``adapt``, for a while: the layers stand in it again after the block.
-
-        A base that was released is back in memory from then on.
-        """
-        self._in_place()
-        self._restore_base()
-        for hook in self._attached:
-            hook.remove()
-        self._attached = []
-        self._places.restore()
-        try:
-            yield self.model
-        finally:
-            self._put_in(self.layers)
-
-    @contextmanager
     def merged(self, task: str, gates: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
         """The plain model of one task, for a while: afterwards the layers stand in it again, bit for bit.
 
@@ -394,7 +396,7 @@ class Adapter:
             ValueError: an unknown task, or a gate that depends on the input, without ``gates``.
         """
         index = int(self.task_ids(task)[0])
-        with self.out() as model:
+        with self.off() as model:
             before = write_weights(self.layers, task_weights(self.layers, index, gates))
             try:
                 yield model

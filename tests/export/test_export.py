@@ -62,7 +62,7 @@ def exported_without(family, format, names, tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         model, adapter = adapted(family, name)
-        with adapter.out():
+        with adapter.off():
             assert_close(dict(model.state_dict()), dict(base.eval().state_dict()), atol=0, rtol=0)
         exported = adapter.export(folder / "export", "b", format, inputs=batch(family))
         assert exported.difference.most <= exported.difference.allowed
@@ -222,7 +222,7 @@ def _fails(folder):
     raise RuntimeError("no room")
 
 
-def test_out_and_merged_give_the_mixture_back():
+def test_off_and_merged_give_the_mixture_back():
     model, adapter = adapted("bert", "moore-task")
     found = batch("bert")
     with torch.no_grad():

@@ -32,7 +32,7 @@ class Adapted(Protocol):
 
     def on(self, tasks: str) -> AbstractContextManager[None]: ...
 
-    def out(self) -> AbstractContextManager[nn.Module]: ...
+    def off(self) -> AbstractContextManager[nn.Module]: ...
 
     def merged(self, task: str, gates: Mapping[str, Tensor] | None = None) -> AbstractContextManager[nn.Module]: ...
 
@@ -99,7 +99,7 @@ def _lora(
     for line in truncation(loras, max_rank):
         say(line)
     with new_folder(folder) as aside:
-        with adapter.out() as model:
+        with adapter.off() as model:
             modules = dict(model.named_modules())
             others = [name for name, one in modules.items() if is_linear(one) and name not in loras]
             transposed = not isinstance(modules[next(iter(loras))], nn.Linear)
@@ -168,7 +168,7 @@ def loras_of(
         ValueError: a gate that depends on the input, without ``gates``; or a change of full rank, without ``max_rank``.
     """
     index = int(adapter.task_ids(task)[0])
-    with adapter.out() as model:
+    with adapter.off() as model:
         names = {module: name for name, module in model.named_modules()}
     loras: dict[str, LoRA] = {}
     for name, layer in adapter.layers.items():

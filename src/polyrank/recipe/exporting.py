@@ -128,7 +128,7 @@ def _form(run: Run, task: Task, wish: Wish, gates: dict[str, Tensor] | None) -> 
             yield
         return
     loras = loras_of(run.adapter, task.name, wish.max_rank, wish.dtype or torch.float32, gates)
-    with run.adapter.out() as plain, beside(dict(plain.named_modules()), loras):
+    with run.adapter.off() as plain, beside(dict(plain.named_modules()), loras):
         yield
 
 
