@@ -106,8 +106,11 @@ class InStep(Forwards):
         found = self.run(batch, counts)
         everywhere = self.total(counts.to(self.model.device, copy=True))
         present = [task for task, count in enumerate(everywhere.tolist()) if count]
-        objective = found.objective + 0 * found.objective.sum()  # the way backward of a task that has no sample here
-        yield replace(found, objective=objective, auxiliary=self.auxiliary(), present=present)
+        # also of a task that has no sample here, and of losses that enter inside a block: it is there from its end on
+        way = 0 * found.objective.sum()
+        auxiliary = self.auxiliary()
+        auxiliary = auxiliary + way if auxiliary.requires_grad else auxiliary
+        yield replace(found, objective=found.objective + way, auxiliary=auxiliary, present=present)
 
 
 class TaskByTask(Forwards):
