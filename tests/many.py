@@ -1,7 +1,7 @@
 """Small training runs in one process or in two that meet over gloo; in a module of its own, for processes to import.
 
-A cell is one run: a method, whether texts and labels are ragged, which tasks each half of a step has, a combiner, and how
-the base is kept. Half a step is what one of two processes gets, so the same run in one process sees the same steps.
+A cell is one run: a method, whether texts and labels are ragged, which tasks each half of a step has, a combiner, and
+how the base is kept. Half a step is what one of two processes gets, so the same run in one process sees the same steps.
 """
 
 import json
@@ -22,7 +22,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-import polyrank.adapt
 import polyrank.methods.smora
 import polyrank.step
 import polyrank.train
@@ -121,7 +120,7 @@ def without(mutation: str | None) -> Iterator[None]:
 
     mutations: dict[str, tuple[Any, str, Callable[..., Any]]] = {
         "global counts": (polyrank.step, "total", counts_of_here),
-        "global statistics": (polyrank.adapt, "global_notes", dict),
+        "global statistics": (sys.modules["polyrank.adapt"], "global_notes", dict),
         "global loads": (polyrank.methods.smora, "global_sum", lambda x: x),
         "summed gradients": (polyrank.train, "sum_gradients", lambda parameters, accelerator: None),
         "shared start": (polyrank.train, "share_weights", lambda tensors, accelerator: None),

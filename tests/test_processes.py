@@ -15,7 +15,6 @@ NEAR = 1e-10
 FEW = [
     Cell("ase", layout="absent"),
     Cell("more", layout="apart", combine="nash_mtl", sharding="fsdp2"),
-    Cell("moore-token", layout="absent", combine="pcgrad"),
     Cell("lora", event="memory"),
     Cell("more", event="memory"),
     Cell("lora", event="nan"),
@@ -50,12 +49,12 @@ def check(cell: Cell, found: list[dict], want: dict) -> None:
 
 
 def test_two_processes_train_as_one_and_share_their_errors(tmp_path: Path):
-    steps = 8
+    steps = 6
     cells = [many.replace(cell, steps=steps) for cell in FEW]
     two = many.in_two(tmp_path, cells)
-    for cell in cells[:3]:
+    for cell in cells[:2]:
         check(cell, two[cell], many.alone(cell))
-    short, with_notes, odd = cells[3:]
+    short, with_notes, odd = cells[2:]
     # one was short of memory: both went on in smaller parts, and the gradient is the same
     check(short, two[short], many.alone(short))
     assert many.apart(*two[with_notes]) == 0

@@ -12,13 +12,17 @@ to decompose, and the methods that need it refuse.
 
 from collections.abc import Iterable, Iterator
 from inspect import signature
+from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch import distributed as dist, nn
 
 
 def is_sharded(model: nn.Module) -> bool:
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule  # here and below, because few need it and it takes a while
+
     return isinstance(model, FSDPModule)
 
 
@@ -37,13 +41,14 @@ def shard(model: nn.Module, whole: Iterable[nn.Parameter] = ()) -> None:
     Raises:
         ValueError: this version of torch cannot leave parameters out.
     """
-    mesh = torch.distributed.device_mesh.init_device_mesh(
-        "cuda" if torch.cuda.is_available() else "cpu", (torch.distributed.get_world_size(),)
-    )
+    from torch.distributed.fsdp import fully_shard
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = dist.device_mesh.init_device_mesh(device, (dist.get_world_size(),))
     kept = set(whole)
     if kept and "ignored_params" not in signature(fully_shard).parameters:
         raise ValueError(f"sharding: fsdp2 needs torch 2.7 or newer, this is {torch.__version__}: upgrade torch")
-    options = {"mesh": mesh} | ({"ignored_params": kept} if kept else {})
+    options: dict[str, Any] = {"mesh": mesh} | ({"ignored_params": kept} if kept else {})
     for block in blocks(model):
         fully_shard(block, **options)
     fully_shard(model, **options)
