@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -66,6 +68,13 @@ def test_two_processes_train_as_one_and_share_their_errors(tmp_path: Path):
         assert "process 1 has an answer other than" in one["different"]
     assert [one["second"] for one in said] == ["ProcessFailed: process 1: no 1", "ValueError: no 1"]
     assert [one["both"] for one in said] == ["ValueError: no 0", "ValueError: no 1"]
+
+
+def test_the_plan_on_the_page_is_what_the_command_prints():
+    root = Path(__file__).parent.parent
+    said = subprocess.run([sys.executable, root / "examples" / "launch" / "plan.py"], capture_output=True, text=True)
+    assert said.returncode == 0 and said.stdout.count("70B") == 4
+    assert said.stdout in (root / "docs" / "many_processes.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -161,6 +161,20 @@ class Together:
                     found.append(work())
         return found[0]
 
+    def in_turns(self, work: Callable[[], T]) -> T:
+        """``work`` on one process of each machine after the other: what takes all of its memory for a while.
+
+        Raises:
+            ProcessFailed, ProcessLost: as ``sharing_errors``.
+        """
+        here, most = (os.environ.get(name, "0") for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        found: list[T] = []
+        for turn in range(max(1, *(int(size) for size in self.texts(most)))):
+            with self.sharing_errors():
+                if turn == int(here):
+                    found.append(work())
+        return found[0]
+
 
 @contextmanager
 def joined() -> Iterator[Together]:

@@ -34,7 +34,7 @@ from polyrank.recipe.schema import Recipe
 from polyrank.saving import method_fields
 from polyrank.sequence import Forgetting
 from polyrank.sharding import is_sharded
-from polyrank.tasks import HeadTask
+from polyrank.tasks import HeadTask, Task
 from polyrank.train import combine, retain, split, train
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # a person can do something
@@ -163,9 +163,7 @@ def _run(
     for notice in loaded.notices if together.first else ():
         Console(stderr=True).print(f"note: {notice}", style="yellow", highlight=False, markup=False)
     watch.lap("data")
-    backbone = together.first_then_others(lambda: load_backbone(recipe, speaks_language(tasks)))
-    with together.sharing_errors():
-        model = build_model(recipe, tasks, *backbone)
+    model = load_model(recipe, tasks, together)
     watch.lap("model")
     # what one process can do alone it does once; through a sharded model all go
     at_work = together.first or is_sharded(model.backbone)
@@ -208,6 +206,15 @@ def _run(
             results = summarise(baseline, scores, history, adapter, watch.seconds)
             write_run(recipe, folder, model, adapter, history, results)
     return Run(recipe, model, adapter, folder, json.loads(together.of_first(json.dumps(results))))
+
+
+def load_model(recipe: Recipe, tasks: Sequence[Task], together: Together) -> MultiTaskModel:
+    """The frozen model in every process; of one that is sharded only one copy at a time stands in main memory."""
+
+    def load() -> MultiTaskModel:
+        return build_model(recipe, tasks, *load_backbone(recipe, speaks_language(tasks)))
+
+    return together.first_then_others(load) if recipe.training.sharding == "none" else together.in_turns(load)
 
 
 def write_run(
