@@ -180,7 +180,7 @@ def result(cell: Cell, folder: Path | None = None) -> dict[str, Any]:
         model.backbone,
         (METHODS | OWN)[cell.method],
         tasks=[task.name for task in of],
-        targets=["query", "value", "intermediate.dense"],
+        targets=["query", "intermediate.dense"],
     )
     training = Training(
         steps=cell.steps, batch_size=2 * HALF, lr=1e-2, holdout=0, eval_every=cell.steps, combine=cell.combine,

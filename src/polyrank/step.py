@@ -21,6 +21,7 @@ from polyrank.history import Log
 from polyrank.mixing import Sampler
 from polyrank.models import MultiTaskModel
 from polyrank.retaining import Retaining
+from polyrank.sharding import is_sharded
 from polyrank.train_state import Running, Trainable
 from polyrank.training import Training
 
@@ -73,7 +74,7 @@ def backward(
     sums, extra = like.new_zeros(len(model.tasks)), like.new_zeros(())
     if retaining is not None:
         retaining.begin(device)
-    with sharing_shortage(training, accelerator):
+    with sharing_shortage(model, accelerator):
         for batch, here in zip(batches, counts[1:], strict=True):
             for found in forwards.of(batch, here):
                 auxiliary = found.auxiliary / parts
@@ -89,7 +90,7 @@ def backward(
 
 
 @contextmanager
-def sharing_shortage(training: Training, accelerator: Accelerator) -> Iterator[None]:
+def sharing_shortage(model: MultiTaskModel, accelerator: Accelerator) -> Iterator[None]:
     """The forwards and backwards of a step: where one process runs out of memory, all leave at their next meeting.
 
     Raises:
@@ -99,7 +100,7 @@ def sharing_shortage(training: Training, accelerator: Accelerator) -> Iterator[N
         yield
     except (RuntimeError, MemoryError) as error:
         # over a sharded base the others wait inside a block, not at a meeting: this one ends, and they notice
-        if not out_of_memory(error) or isinstance(error, MemoryShort) or is_sharding(training, accelerator):
+        if not out_of_memory(error) or isinstance(error, MemoryShort) or is_sharded(model.backbone):
             raise
         meet(accelerator, short=True)
         raise
@@ -118,10 +119,6 @@ def meet(accelerator: Accelerator, short: bool = False) -> None:
         )
 
 
-def is_sharding(training: Training, accelerator: Accelerator) -> bool:
-    return training.sharding == "fsdp2" and accelerator.num_processes > 1
-
-
 def _forwards(
     model: MultiTaskModel,
     adapter: Trainable,
@@ -134,7 +131,7 @@ def _forwards(
     wait = partial(meet, accelerator)
     if not apart:
         return Whole(model, adapter, retaining, training.precision, wait)
-    if is_sharding(training, accelerator):
+    if is_sharded(model.backbone):
         return InStep(model, adapter, retaining, training.precision, wait, partial(total, accelerator=accelerator))
     return TaskByTask(model, adapter, retaining, training.precision, wait)
 
@@ -232,7 +229,7 @@ def backward_within_memory(
                 last = 2 * run.accumulation * accelerator.num_processes > sampler.smallest
             else:
                 last = all(len(batch.task_ids) == 1 for batch in batches)
-            if not out_of_memory(error) or last or is_sharding(training, accelerator):
+            if not out_of_memory(error) or last or is_sharded(run.model.backbone):
                 raise
         run.optimizer.zero_grad(set_to_none=False)
         run.accumulation *= 2

@@ -35,7 +35,6 @@ from polyrank.step import (
     backward_within_memory,
     check_parts,
     gradient_norm,
-    is_sharding,
     share_weights,
     sum_gradients,
     tell_combiner,
@@ -112,7 +111,7 @@ def train(
         first = 0 if folder is None else run.restore(folder) if resume else refuse_checkpoints(folder)
         check_parts(sampler, run.accumulation, accelerator)
     share(run, first, together, accelerator)
-    if is_sharding(training, accelerator) and not is_sharded(model.backbone):
+    if training.sharding == "fsdp2" and together.count > 1 and not is_sharded(model.backbone):
         shard(model.backbone, (p for _, p in adapter.named_parameters()))
     main = accelerator.is_main_process
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
