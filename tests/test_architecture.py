@@ -56,7 +56,6 @@ ONLY = {
     "yaml": {"recipe", "cli", "quickstart"},
     "typer": {"recipe", "cli", "quickstart"},
     "peft": {"peft"},  # opt-in: `import polyrank` works without it
-    "polyrank.recipe": {"cli", "quickstart"},
     "polyrank.recipe": {"cli", "quickstart", "lm_eval"},
     "polyrank.cli": {"__main__"},
     "polyrank.hf": set(),

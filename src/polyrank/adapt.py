@@ -19,7 +19,7 @@ from .files import Fingerprint, checked_name, difference, fingerprint, read_fold
 from .joining import put_experts, saved_loras, task_parts, with_task
 from .methods import Method
 from .methods.base import Hears
-from .mixture import Mixture, RouteContext, Site
+from .mixture import Mixture, RouteContext, Site, global_notes
 from .places import Places, lost_by_rounding, merge_into_bases, put_back, write_weights
 from .saving import copy_weights, frozen_parts, load_frozen, method_fields, method_from, named_weights, projection
 from .summary import Summary, summarise
@@ -133,15 +133,25 @@ class Adapter:
         """All the adapter's weights, each once: also those that no gradient trains, and those that are frozen."""
         return named_weights(self.layers)
 
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """What was made from the base and the layers compute with, by name: MoORE's U, sigma, V."""
+        return frozen_parts(self.layers)
+
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """The trainable weights that all tasks have in common: those in which tasks can conflict."""
         own = {layer.get_parameter(key) for layer in self.layers.values() for key in task_parts(layer)}
         return (p for p in self.parameters() if p not in own)
 
     def losses(self) -> dict[str, Tensor]:
-        """The method's auxiliary losses of the last forward, weighted scalars by name; call it before the next."""
+        """The method's auxiliary losses of the last forward, weighted scalars by name; call it before the next.
+
+        Of several processes all call it: notes that are sums are summed over them, and the losses are those of the
+        whole, whose gradients each process has in part, times their number. Other notes are each process's own.
+        """
         self._in_place()
         notes, self.context.notes = self.context.notes, {}
+        if self.hears == "sums":
+            notes = global_notes(notes)
         return self.method.losses(notes)
 
     @property

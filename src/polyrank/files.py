@@ -222,11 +222,20 @@ Fingerprint = dict[str, list[Any]]  # parameter -> [dtype, shape, sampled values
 
 
 @torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, which all processes do at once; any other as it is."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor  # here, because few need it
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def fingerprint(parameters: Mapping[str, Tensor], samples: int = 4) -> Fingerprint:
     """What tells one base model from another, in a few bytes a parameter: dtype, shape and some of its values."""
     out: Fingerprint = {}
     for name, p in parameters.items():
-        flat = p.detach().reshape(-1)
+        flat = whole(p.detach()).reshape(-1)
         places = [i * (flat.numel() - 1) // max(1, samples - 1) for i in range(samples)] if flat.numel() else []
         values = [] if flat.device.type == "meta" else flat[places].double().tolist()
         out[name] = [str(p.dtype), list(p.shape), values]

@@ -6,7 +6,7 @@ give its gradient. Together that is the work of one ordinary step, and holds one
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,11 +31,24 @@ class Found:
     again: bool = False  # whether a later one needs this one's graph
 
 
+def alone() -> None:
+    """There is nobody to meet."""
+
+
 class Forwards(ABC):
     """How a micro-batch goes through the model."""
 
-    def __init__(self, model: MultiTaskModel, adapter: Trainable, retaining: Retaining | None, precision: str) -> None:
+    def __init__(
+        self,
+        model: MultiTaskModel,
+        adapter: Trainable,
+        retaining: Retaining | None,
+        precision: str,
+        meet: Callable[[], None] = alone,
+    ) -> None:
+        """meet: called before the processes exchange what a method's losses look at, once a micro-batch; may raise."""
         self.model, self.adapter, self.retaining, self.precision = model, adapter, retaining, precision
+        self.meet = meet
 
     @abstractmethod
     def of(self, batch: Batch, counts: Tensor) -> Iterator[Found]:
@@ -55,6 +68,8 @@ class Forwards(ABC):
 
     def auxiliary(self) -> Tensor:
         """The sum () of the losses of which the last forward left notes."""
+        if self.adapter.hears != "nothing":
+            self.meet()
         return sum(self.adapter.losses().values(), self._no_loss())
 
     def _no_loss(self) -> Tensor:
@@ -66,6 +81,37 @@ class Whole(Forwards):
 
     def of(self, batch: Batch, counts: Tensor) -> Iterator[Found]:
         yield replace(self.run(batch, counts), auxiliary=self.auxiliary())
+
+
+class InStep(Forwards):
+    """One forward of all samples, and a way backward for each task that any process has.
+
+    Over a sharded base the processes meet in every block: each goes backward as often as the others, with a gradient of
+    zero for a task of which it has no sample.
+    """
+
+    def __init__(
+        self,
+        model: MultiTaskModel,
+        adapter: Trainable,
+        retaining: Retaining | None,
+        precision: str,
+        meet: Callable[[], None],
+        total: Callable[[Tensor], Tensor],
+    ) -> None:
+        """total: sums over the processes, in place."""
+        super().__init__(model, adapter, retaining, precision, meet)
+        self.total = total
+
+    def of(self, batch: Batch, counts: Tensor) -> Iterator[Found]:
+        found = self.run(batch, counts)
+        everywhere = self.total(counts.to(self.model.device, copy=True))
+        present = [task for task, count in enumerate(everywhere.tolist()) if count]
+        # also of a task that has no sample here, and of losses that enter inside a block: it is there from its end on
+        way = 0 * found.objective.sum()
+        auxiliary = self.auxiliary()
+        auxiliary = auxiliary + way if auxiliary.requires_grad else auxiliary
+        yield replace(found, objective=found.objective + way, auxiliary=auxiliary, present=present)
 
 
 class TaskByTask(Forwards):

@@ -2,11 +2,13 @@
 
 The labels are known before the forwards, so the counts are summed first and every micro-batch divides by the global
 count: however a step is split, its gradient is the same, but for auxiliary losses, whose statistics are those of a
-micro-batch. Gradients are summed over processes by hand: a head or an expert that no sample of a process used just
-adds zero.
+micro-batch of all processes. Gradients are summed over processes by hand: a head or an expert that no sample of a
+process used just adds zero.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -14,26 +16,31 @@ from torch import Tensor, nn
 
 from polyrank.combining import AfterForward, Apart, Combination, Known, Pass
 from polyrank.corpus import Batch, Corpus
-from polyrank.forwards import TaskByTask, Whole, autocast
+from polyrank.forwards import Forwards, InStep, TaskByTask, Whole, autocast
 from polyrank.history import Log
 from polyrank.mixing import Sampler
 from polyrank.models import MultiTaskModel
 from polyrank.retaining import Retaining
+from polyrank.sharding import is_sharded
 from polyrank.train_state import Running, Trainable
 from polyrank.training import Training
 
 
-def check_parts(sampler: Sampler, training: Training, accelerator: Accelerator) -> None:
+class MemoryShort(RuntimeError):
+    """A process ran out of memory in a step; all of them know."""
+
+
+def check_parts(sampler: Sampler, accumulation: int, accelerator: Accelerator) -> None:
     """Every part of every step must have an example: the processes' collectives would not match.
 
     Raises:
         ValueError: with the sizes.
     """
-    parts, smallest = accelerator.num_processes * training.accumulation, sampler.smallest
+    parts, smallest = accelerator.num_processes * accumulation, sampler.smallest
     if accelerator.num_processes > 1 and smallest < parts:
         raise ValueError(
             f"steps of {smallest} examples cannot be split into {parts} parts ({accelerator.num_processes} processes x "
-            f"accumulation {training.accumulation}): raise batch_size or lower accumulation"
+            f"accumulation {accumulation}): raise batch_size, lower accumulation, or take fewer processes"
         )
 
 
@@ -60,24 +67,73 @@ def backward(
     """Add the gradients of one whole step of this process; returns the loss of all processes, and that of each task."""
     device, like = model.device, next(adapter.parameters())
     counts = torch.stack([torch.zeros(len(model.tasks), dtype=torch.long), *(model.counts(b.labels) for b in batches)])
-    parts = total(torch.tensor(len(batches), device=device), accelerator)
-    total_counts = total(counts.sum(0).to(device), accelerator)  # (T,)
+    known = total(torch.cat([counts.sum(0), torch.tensor([len(batches)])]).to(device), accelerator)
+    total_counts, parts = known[:-1], known[-1]  # (T,), ()
     how = _pass(model, adapter, batches, total_counts, training, accelerator, combination, number)
-    forwards = (TaskByTask if isinstance(how, Apart) else Whole)(model, adapter, retaining, training.precision)
+    forwards = _forwards(model, adapter, retaining, training, accelerator, isinstance(how, Apart))
     sums, extra = like.new_zeros(len(model.tasks)), like.new_zeros(())
     if retaining is not None:
         retaining.begin(device)
-    for batch, here in zip(batches, counts[1:], strict=True):
-        for found in forwards.of(batch, here):
-            auxiliary = found.auxiliary / parts
-            how.add(found.objective, auxiliary, found.present, found.again)
-            sums += found.sums
-            extra += auxiliary.detach()
-    sums, extra = total(sums, accelerator), total(extra, accelerator)
+    with sharing_shortage(model, accelerator):
+        for batch, here in zip(batches, counts[1:], strict=True):
+            for found in forwards.of(batch, here):
+                auxiliary = found.auxiliary / parts
+                how.add(found.objective, auxiliary, found.present, found.again)
+                sums += found.sums
+                extra += auxiliary.detach()
+    both = total(torch.cat([sums, extra.view(1)]), accelerator)
+    sums, extra = both[:-1], both[-1]
     means = sums / total_counts.clamp(min=1)
     factors = how.finish(means)
     live = zip(model.tasks, means.tolist(), total_counts.tolist(), strict=True)
     return float((sums * factors).sum() + extra), {task.name: mean for task, mean, n in live if n}
+
+
+@contextmanager
+def sharing_shortage(model: MultiTaskModel, accelerator: Accelerator) -> Iterator[None]:
+    """The forwards and backwards of a step: where one process runs out of memory, all leave at their next meeting.
+
+    Raises:
+        MemoryShort: one of several did.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # over a sharded base the others wait inside a block, not at a meeting: this one ends, and they notice
+        if not out_of_memory(error) or isinstance(error, MemoryShort) or is_sharded(model.backbone):
+            raise
+        meet(accelerator, short=True)
+        raise
+    meet(accelerator)
+
+
+def meet(accelerator: Accelerator, short: bool = False) -> None:
+    """
+    Raises:
+        MemoryShort: a process is short of memory.
+    """
+    if accelerator.num_processes > 1 and agreed(int(short), accelerator):
+        raise MemoryShort(
+            "a process ran out of memory, and a step cannot be cut into smaller parts for all of them: lower "
+            "batch_size or max_length, set checkpointing, or sharding to fsdp2"
+        )
+
+
+def _forwards(
+    model: MultiTaskModel,
+    adapter: Trainable,
+    retaining: Retaining | None,
+    training: Training,
+    accelerator: Accelerator,
+    apart: bool,
+) -> Forwards:
+    """apart: whether each task's gradient is wanted."""
+    wait = partial(meet, accelerator)
+    if not apart:
+        return Whole(model, adapter, retaining, training.precision, wait)
+    if is_sharded(model.backbone):
+        return InStep(model, adapter, retaining, training.precision, wait, partial(total, accelerator=accelerator))
+    return TaskByTask(model, adapter, retaining, training.precision, wait)
 
 
 def _pass(
@@ -168,8 +224,12 @@ def backward_within_memory(
                 run.model, run.adapter, batches, training, accelerator, run.combination, step, run.retaining
             )
         except (RuntimeError, MemoryError) as error:
-            single = all(len(batch.task_ids) == 1 for batch in batches)
-            if not out_of_memory(error) or single or accelerator.num_processes > 1:
+            several = accelerator.num_processes > 1
+            if several:  # every process needs an example in every part
+                last = 2 * run.accumulation * accelerator.num_processes > sampler.smallest
+            else:
+                last = all(len(batch.task_ids) == 1 for batch in batches)
+            if not out_of_memory(error) or last or is_sharded(run.model.backbone):
                 raise
         run.optimizer.zero_grad(set_to_none=False)
         run.accumulation *= 2
@@ -185,7 +245,9 @@ def seed_noise(step: int, training: Training, accelerator: Accelerator) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on an accelerator or in main memory."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryShort | MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(
+        error
+    )
 
 
 def task_factors(counts: Tensor, names: Sequence[str], task_weights: Mapping[str, float] | None) -> Tensor:
@@ -229,8 +291,10 @@ def agreed(signum: int, accelerator: Accelerator) -> int:
     return int(found)
 
 
-def share_weights(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
-    """Every process starts from the weights of the first."""
+def share_weights(tensors: Iterable[Tensor], accelerator: Accelerator) -> None:
+    """Every process starts from the weights of the first, and from the frozen tensors that it computed."""
     if accelerator.num_processes > 1:
-        for p in parameters:
-            torch.distributed.broadcast(p.data, src=0)
+        for tensor in tensors:
+            dense = tensor.data.contiguous()
+            torch.distributed.broadcast(dense, src=0)
+            tensor.data.copy_(dense)

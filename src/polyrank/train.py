@@ -27,7 +27,9 @@ from polyrank.forwards import autocast
 from polyrank.history import History, Log
 from polyrank.mixing import stage_of
 from polyrank.models import HeadModel, MultiTaskModel
+from polyrank.processes import Together, accelerator as this_process, telling_loss
 from polyrank.retaining import Retaining
+from polyrank.sharding import is_sharded, shard
 from polyrank.step import (
     agreed,
     backward_within_memory,
@@ -86,10 +88,13 @@ def train(
         Diverged: ten steps in a row with a loss or gradient that is not finite; the best step so far is put back.
         Interrupted: a signal; the state was saved.
         CheckpointError: a checkpoint could not be written, or belongs to another run.
+        ProcessFailed: another process met such an error.
+        ProcessLost: another process is gone, or does not answer.
     """
     if [task.bare() for task in tasks] != [task.bare() for task in model.tasks]:
         raise ValueError("these tasks are not the model's: build MultiTaskModel from the same list of tasks")
     accelerator = tracking(training, folder)
+    together = Together()
     model.to(accelerator.device).train()
     if training.checkpointing:
         adapter.enable_checkpointing()
@@ -97,18 +102,21 @@ def train(
     corpus = Corpus.of(tasks, kept, model.reader)
     sampler = training.mixing.sampler(corpus.lengths, training.batch_size, training.seed, training.steps)
     stages = training.mixing.stages(training.steps, len(tasks))
-    check_parts(sampler, training, accelerator)
     parameters, optimizer = build_optimizer(model, adapter, training)
     combination = combine(training, model, adapter)
     known = identity(model, training, corpus, held)
     retaining = retain(training, tasks)
     run = Running(model, adapter, optimizer, training.accumulation, known, combination, retaining)
-    first = 0 if folder is None else run.restore(folder) if resume else refuse_checkpoints(folder)
-    share_weights(parameters, accelerator)
+    with together.sharing_errors():
+        first = 0 if folder is None else run.restore(folder) if resume else refuse_checkpoints(folder)
+        check_parts(sampler, run.accumulation, accelerator)
+    share(run, first, together, accelerator)
+    if training.sharding == "fsdp2" and together.count > 1 and not is_sharded(model.backbone):
+        shard(model.backbone, (p for _, p in adapter.named_parameters()))
     main = accelerator.is_main_process
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     log = Log(folder, progress, training.steps, main, first, accelerator.log)
-    with torch.random.fork_rng(devices), log, Signals(folder is not None) as signals:
+    with telling_loss(), torch.random.fork_rng(devices), log, Signals(folder is not None) as signals:
         run.start(log)
         for line in cut_texts(corpus):
             log.say(line)
@@ -123,7 +131,7 @@ def train(
             sum_gradients(parameters, accelerator)
             adapter.before_step((step + 1) / training.steps)
             norm = gradient_norm(parameters)
-            taken = math.isfinite(loss) and math.isfinite(norm)  # sums over all processes, so all of them agree
+            taken = not agreed(int(not (math.isfinite(loss) and math.isfinite(norm))), accelerator)
             if taken:
                 nn.utils.clip_grads_with_norm_(parameters, training.clip, torch.tensor(norm, device=model.device))
                 optimizer.step()
@@ -150,8 +158,10 @@ def train(
                 look(run, step + 1, held, training, accelerator, log)
             due = training.checkpoint_every and ((step + 1) % training.checkpoint_every == 0 or last)
             stop = agreed(signals.received, accelerator)
-            if folder is not None and main and (due or stop):
-                save_checkpoint(folder, run.checkpoint(step + 1, log.history))
+            if folder is not None and (due or stop):
+                with together.sharing_errors():
+                    if main:
+                        save_checkpoint(folder, run.checkpoint(step + 1, log.history))
             if folder is not None and stop:
                 raise Interrupted(stop, step + 1, folder)
     run.best.restore()
@@ -165,9 +175,9 @@ def tracking(training: Training, folder: Path | None) -> Accelerator:
     """The accelerator, with the trackers that were asked for; their files go to `folder`/trackers."""
     training.check_trackers()
     if not training.trackers:
-        return Accelerator()
+        return this_process()
     place = ProjectConfiguration(logging_dir=str(Path(folder or ".") / TRACKERS))
-    accelerator = Accelerator(log_with=[*training.trackers], project_config=place)
+    accelerator = this_process(log_with=[*training.trackers], project_config=place)
     accelerator.init_trackers("polyrank")
     return accelerator
 
@@ -182,6 +192,18 @@ def build_optimizer(
         groups.append({"params": heads, "lr": training.head_lr, "weight_decay": training.weight_decay})
     groups = [{**group, "initial_lr": group["lr"]} for group in groups]
     return [*adapter.parameters(), *heads], torch.optim.AdamW(groups)
+
+
+def share(run: Running, first: int, together: Together, accelerator: Accelerator) -> None:
+    """All processes are in the same run, at the same step, and begin with the weights of the first.
+
+    Raises:
+        ValueError: they are not.
+    """
+    named = dict(run.adapter.named_parameters()) | run.adapter.frozen_tensors()
+    sizes = hashlib.sha256(repr([(name, tuple(one.shape)) for name, one in named.items()]).encode()).hexdigest()
+    together.check_same("a base model, tasks, examples, settings or a checkpoint", f"{run.identity} {first} {sizes}")
+    share_weights([*named.values(), *run.model.heads.parameters()], accelerator)
 
 
 def combine(training: Training, model: MultiTaskModel, adapter: Trainable) -> Combination | None:

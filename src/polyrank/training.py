@@ -17,6 +17,7 @@ HARMLESS = (
     "checkpoint_every",
     "eval_batch_size",
     "trackers",
+    "sharding",
 )  # settings that change no weight: a run may go on with others
 
 
@@ -37,6 +38,10 @@ class Training(BaseModel):
     schedule: Literal["linear", "cosine"] = "linear"
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     precision: Literal["fp32", "bf16"] = "fp32"
+    sharding: Literal["none", "fsdp2"] = Field(
+        default="none",
+        description="of several processes, whether each holds the frozen model whole, or a part of each weight (FSDP2)",
+    )
     checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, more time"
     )

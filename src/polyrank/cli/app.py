@@ -34,19 +34,27 @@ def user_errors() -> Iterator[None]:
     """A user's error is one message and exit code 2; training that diverged is 1, that signal n stopped 128 + n."""
     from polyrank.assets import AssetError
     from polyrank.checkpoint import CheckpointError, Interrupted
+    from polyrank.processes import ProcessFailed, ProcessLost, speaks
     from polyrank.recipe import RecipeError
     from polyrank.train import Diverged
 
+    def say(text: str) -> None:
+        if speaks():  # what the others met, the first one was told
+            typer.echo(text, err=True)
+
     try:
         yield
-    except (RecipeError, AssetError, CheckpointError) as error:
-        typer.echo(f"error: {error}", err=True)
+    except (RecipeError, AssetError, CheckpointError, ProcessFailed) as error:
+        say(f"error: {error}")
         raise typer.Exit(2) from error
     except Diverged as error:
+        say(f"error: {error}")
+        raise typer.Exit(1) from error
+    except ProcessLost as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     except Interrupted as stop:
-        typer.echo(f"{stop}; go on with: polyrank train {stop.folder / 'recipe.yaml'} --resume", err=True)
+        say(f"{stop}; go on with: polyrank train {stop.folder / 'recipe.yaml'} --resume")
         raise typer.Exit(128 + stop.signum) from stop
     except KeyboardInterrupt as stop:
         typer.echo("interrupted", err=True)

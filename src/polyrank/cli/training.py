@@ -33,9 +33,12 @@ def quickstart(
     [bold]polyrank quickstart --seeds 0,1,2[/]
     """
     with user_errors():
+        from polyrank.processes import launched
         from polyrank.quickstart import Choices, quickstart
         from polyrank.recipe import RecipeError
 
+        if launched() > 1:
+            raise RecipeError("the quick start is made for one process: start it without a launcher")
         parts = [part.strip() for part in (seeds or str(seed)).split(",")]
         if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
             raise RecipeError(
@@ -76,28 +79,38 @@ def train(
 
     [bold]polyrank train recipe.yaml --dry-run[/]
 
+    In several processes, on one machine or more:
+
+    [bold]torchrun --nproc-per-node 2 -m polyrank train recipe.yaml[/]
+
     Ctrl-C saves the state and stops; after that, or a power cut:
 
     [bold]polyrank train recipe.yaml --resume[/]
     """
     with user_errors():
-        from polyrank.recipe import read_recipe, run
+        from polyrank.processes import joined
+        from polyrank.recipe import RecipeError, read_recipe, run
         from polyrank.recipe.card import show
 
         quiet_libraries()
-        changed = read_recipe(recipe, settings or ())
-        if out is None and resume and (recipe.parent / "metrics.jsonl").is_file():
-            out = recipe.parent  # the recipe of a run folder goes on there, whatever the working directory
-        if out is not None:
-            changed = changed.model_copy(update={"out": str(out)})
         console = Console()
-        if dry_run:
-            from polyrank.recipe.plan import lines, plan
+        with joined() as together:
+            with together.sharing_errors():
+                if dry_run and together.count > 1:
+                    raise RecipeError("--dry-run tries a recipe in one process: start it without a launcher")
+                changed = read_recipe(recipe, settings or ())
+                if out is None and resume and (recipe.parent / "metrics.jsonl").is_file():
+                    out = recipe.parent  # the recipe of a run folder goes on there, whatever the working directory
+                if out is not None:
+                    changed = changed.model_copy(update={"out": str(out)})
+            if dry_run:
+                from polyrank.recipe.plan import lines, plan
 
-            console.print("\n".join(lines(plan(changed))), highlight=False, markup=False, soft_wrap=True)
-            return
-        finished = run(changed, overwrite=overwrite, resume=resume, progress=console.is_terminal)
-        show(finished, console)
+                console.print("\n".join(lines(plan(changed))), highlight=False, markup=False, soft_wrap=True)
+                return
+            finished = run(changed, overwrite=overwrite, resume=resume, progress=console.is_terminal)
+            if together.first:
+                show(finished, console)
 
 
 @app.command()

@@ -45,7 +45,6 @@ from ..mixture import (
     PerTaskRouter,
     Site,
     SoftmaxTopK,
-    global_sum,
     mutual_information,
 )
 from .base import STRICT, Method
@@ -136,6 +135,6 @@ class ASE(Method):
         joints = [joint for _, joint in notes.get("joint", ())]
         if not joints:
             return {}
-        stacked = global_sum(torch.stack(joints))  # (layers, T, E - S)
+        stacked = torch.stack(joints)  # (layers, T, E - S)
         stacked = stacked / stacked.sum((-2, -1), keepdim=True).clamp_min(1e-9)
         return {"mutual_information": -self.mutual_information * mutual_information(stacked).sum()}

@@ -36,7 +36,6 @@ from ..mixture import (
     Note,
     Site,
     Softmax,
-    global_sum,
     weight_of,
 )
 from .base import STRICT, Method
@@ -119,7 +118,7 @@ class LoRAMoE(Method):
         values = [value for _, value in notes.get("importance", ())]
         if not values:
             return {}
-        count, total, squares = global_sum(torch.stack(values)).unbind(-1)  # (layers,) each
+        count, total, squares = torch.stack(values).unbind(-1)  # (layers,) each
         mean = total / count
         spread = (squares / count - mean**2).clamp_min(0) / mean.clamp_min(1e-9) ** 2
         return {"balance": self.balance * spread.mean()}

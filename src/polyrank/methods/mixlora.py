@@ -47,7 +47,6 @@ from ..mixture import (
     SoftmaxTopK,
     Watched,
     add,
-    global_sum,
     run,
 )
 from .base import STRICT, BlockMethod, balance_loss
@@ -178,7 +177,7 @@ class MixLoRA(BlockMethod):
         return MixtureFeedForward(base, self.num_experts, self.rank, gate, self.alpha / self.rank, self.std)
 
     def losses(self, notes: Mapping[str, Sequence[Note]]) -> dict[str, Tensor]:
-        sizes = [global_sum(value) for _, value in notes.get("z", ())]
+        sizes = [value for _, value in notes.get("z", ())]
         means = [total / count.clamp(min=1) for total, count in sizes]
         z = {"z": self.z_loss * torch.stack(means).mean()} if means else {}
         return balance_loss(notes, self.balance) | z

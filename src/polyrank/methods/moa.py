@@ -65,7 +65,8 @@ class TaskGuess(Router):
         ids = site.ids(x)
         if site.listens:
             own = ids.reshape(-1)[:: max(1, ids.numel() // len(logits))]
-            site.note("router", F.cross_entropy(logits, own))
+            total = F.cross_entropy(logits, own, reduction="sum")
+            site.note("router", torch.stack([total, torch.full_like(total, len(own))]))
         return F.one_hot(ids, len(self.weight))
 
     def active_parameters(self) -> int:
@@ -78,6 +79,7 @@ class TaskGuess(Router):
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MoA(Method):
     SIZE: ClassVar[str] = "T * (rank * (I + O) + I)"
+    NOTES = "sums"
 
     rank: PositiveInt = 8
     """r, of each LoRA"""
@@ -102,4 +104,7 @@ class MoA(Method):
 
     def losses(self, notes: Mapping[str, Sequence[Note]]) -> dict[str, Tensor]:
         values = [value for _, value in notes.get("router", ())]
-        return {"router": self.router_loss * torch.stack(values).mean()} if values else {}
+        if not values:
+            return {}
+        total, count = torch.stack(values).unbind(-1)  # (layers,) each
+        return {"router": self.router_loss * (total / count).mean()}

@@ -56,8 +56,9 @@ class LossFreeTopK(Gate):
         self.counts = self.counts.to(here.device) + here
 
     @torch.no_grad()
-    def balance(self, rate: float) -> None:
-        counts = global_sum(self.counts.to(self.beta.device))
+    def balance(self, rate: float, counts: Tensor) -> None:
+        """counts: of all processes."""
+        counts = counts.to(self.beta)
         self.beta += rate * (counts.mean() - counts).sign()
         self.counts = torch.zeros_like(self.beta)
 
@@ -106,6 +107,11 @@ class SMoRA(Method):
         }
 
     def after_step(self, layers: Mapping[str, Mixture]) -> None:
-        for layer in layers.values():
-            if isinstance(layer, LowRankMixture) and isinstance(layer.gate, LossFreeTopK) and self.rate:
-                layer.gate.balance(self.rate)
+        found = [layer.gate for layer in layers.values() if isinstance(layer, LowRankMixture)]
+        gates = [gate for gate in found if isinstance(gate, LossFreeTopK)]
+        if not gates or not self.rate:
+            return
+        counts = [gate.counts.to(gates[0].counts.device) for gate in gates]
+        everywhere = global_sum(torch.cat(counts)).split([len(one) for one in counts])
+        for gate, of_all in zip(gates, everywhere, strict=True):
+            gate.balance(self.rate, of_all)

@@ -10,6 +10,7 @@ E experts, R rank of all experts together (rows of A), T tasks. Leading dimensio
 """
 
 from .balance import (
+    global_notes as global_notes,
     global_sum as global_sum,
     load_balance as load_balance,
     mutual_information as mutual_information,

@@ -1,7 +1,11 @@
 """Losses over routing statistics, summed over all processes first: a mean of products is not a product of means."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, distributed as dist
+
+from .route import Note
 
 
 def global_sum(local: Tensor) -> Tensor:
@@ -14,6 +18,19 @@ def global_sum(local: Tensor) -> Tensor:
     total = local.detach().clone()
     dist.all_reduce(total)
     return total + dist.get_world_size() * (local - local.detach())
+
+
+def global_notes(notes: Mapping[str, Sequence[Note]]) -> dict[str, list[Note]]:
+    """Notes that are sums over samples, each summed over the processes (``global_sum``), in one exchange."""
+    every = [value for of_kind in notes.values() for _, value in of_kind]
+    if not every or not (dist.is_available() and dist.is_initialized()):
+        return {kind: [*of_kind] for kind, of_kind in notes.items()}
+    flat = global_sum(torch.cat([value.reshape(-1).to(every[0].device) for value in every]))
+    parts = iter(flat.split([value.numel() for value in every]))
+    return {
+        kind: [(name, next(parts).view(value.shape).to(value)) for name, value in of_kind]
+        for kind, of_kind in notes.items()
+    }
 
 
 def mutual_information(joint: Tensor) -> Tensor:
@@ -29,9 +46,8 @@ def mutual_information(joint: Tensor) -> Tensor:
 def load_balance(load: Tensor) -> Tensor:
     """E sum_e f_e P_e, at least 1: f the shares of the choices that fell on each expert, P the mean probabilities.
 
-    ``load`` is (..., 2, E), choices and probability mass summed over the tokens, as ``Watched`` notes them; summed over
-    processes here. Returns (...). Source: Switch Transformer (Fedus et al., JMLR 2022).
+    ``load`` is (..., 2, E), choices and probability mass summed over the tokens, as ``Watched`` notes them. Returns
+    (...). Source: Switch Transformer (Fedus et al., JMLR 2022).
     """
-    load = global_sum(load)
     shares = load / load.sum(-1, keepdim=True).clamp_min(1e-9)
     return load.shape[-1] * (shares[..., 0, :].detach() * shares[..., 1, :]).sum(-1)

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -25,8 +24,10 @@ from polyrank.data import DATASETS, Columns, Record, examples, load, of_dataset,
 from polyrank.data.text import as_rows
 from polyrank.manifest import MODELS
 from polyrank.models import HeadModel, LanguageModel, MultiTaskModel
+from polyrank.processes import accelerator, launched
 from polyrank.recipe.reading import RecipeError
 from polyrank.recipe.schema import Recipe, TaskSource, nearest
+from polyrank.sharding import shard
 from polyrank.tasks import KINDS, Examples, HeadTask, Label, LanguageTask, Task, shown
 
 
@@ -227,7 +228,7 @@ def is_causal(backbone: PreTrainedModel) -> bool:
 def build_model(
     recipe: Recipe, tasks: Sequence[Task], backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> MultiTaskModel:
-    """The model with fresh heads, or the language model.
+    """The model with fresh heads, or the language model; where the recipe says so, sharded over the processes.
 
     Raises:
         RecipeError: the tokenizer lacks what the tasks need.
@@ -248,4 +249,10 @@ def build_model(
             model = HeadModel(backbone, tokenizer, tasks, recipe.max_length, recipe.pooling, side)
     except (ValueError, AttributeError) as error:
         raise RecipeError(f"model {recipe.model!r}: {error}") from error
-    return model.to(Accelerator().device)
+    device = accelerator().device
+    if recipe.training.sharding == "fsdp2" and launched() > 1:
+        backbone.requires_grad_(False)
+        shard(backbone)  # from main memory, a block at a time: no device holds all of it
+        model.heads.to(device)
+        return model
+    return model.to(device)

@@ -2,12 +2,12 @@
 
 import errno
 import json
-import os
 import platform
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +25,7 @@ from polyrank.history import History
 from polyrank.methods import Method
 from polyrank.models import HeadModel, MultiTaskModel, load_heads, save_heads
 from polyrank.probe import Features, Probe, probe, start_heads, trivial_score
+from polyrank.processes import Together, join
 from polyrank.recipe.folder import BANK, FORGETTING, check_folder, check_same, claimed, start_folder, sweep
 from polyrank.recipe.loading import build_model, load_backbone, load_tasks, speaks_language
 from polyrank.recipe.reading import RecipeError, read_recipe
@@ -32,7 +33,8 @@ from polyrank.recipe.rehearsal import forward, rehearsal
 from polyrank.recipe.schema import Recipe
 from polyrank.saving import method_fields
 from polyrank.sequence import Forgetting
-from polyrank.tasks import HeadTask
+from polyrank.sharding import is_sharded
+from polyrank.tasks import HeadTask, Task
 from polyrank.train import combine, retain, split, train
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # a person can do something
@@ -74,8 +76,11 @@ def run(
 
     `features` may be kept between runs of one model: what it has computed is not computed again. `resume` goes on from
     the newest complete checkpoint of the folder; it starts a run that has none, and only loads one that is finished.
+    Launched as one of several processes it is one run of all of them, and the first writes.
 
     Raises:
+        ProcessFailed: another process met one of these errors.
+        ProcessLost: another process is gone, or does not answer.
         RecipeError: something that the recipe asks for is not there, or the folder is in use; nothing is written.
         CheckpointError: a checkpoint cannot be written or is of another run.
         Interrupted: a signal stopped training; its state was saved.
@@ -83,26 +88,19 @@ def run(
     """
     if overwrite and resume:
         raise RecipeError("--overwrite and --resume contradict each other: give one of them")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError("a recipe trains in one process: for several, call polyrank.train.train in a script of yours")
-    try:
-        recipe.training.check_trackers()
-    except ValueError as error:
-        raise RecipeError(f"training.trackers: {error}") from error
+    join()
+    together = Together()
     folder = Path(recipe.out)
-    check_folder(folder, overwrite, resume)
-    with claimed(folder):
-        check_folder(folder, overwrite, resume)  # a run may just have ended
-        going_on = resume and (folder / "recipe.yaml").is_file()
-        if resume and checkpoints(folder) and not going_on:
-            raise RecipeError(f"{folder} has checkpoints but no recipe.yaml: put it back, or --overwrite")
-        if going_on:
-            check_same(recipe, folder)
-            if (folder / "results.json").is_file():
-                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-                return load_run(folder)
+    with ExitStack() as stack:
+        before = "new"
+        with together.sharing_errors():
+            if together.first:
+                before = _enter(recipe, folder, overwrite, resume, stack)
+        before = together.of_first(before)
+        if before == "finished":
+            return load_run(folder)
         try:
-            return _run(recipe, folder, going_on, progress, features)
+            return _run(recipe, folder, before == "unfinished", progress and together.first, features, together)
         except OSError as error:
             if error.errno not in DISK:
                 raise
@@ -110,6 +108,31 @@ def run(
                 f"{error.filename or folder} cannot be written: {error.strerror}. What was saved before is whole: make "
                 "room, or write permission, then continue with --resume"
             ) from error
+
+
+def _enter(recipe: Recipe, folder: Path, overwrite: bool, resume: bool, stack: ExitStack) -> str:
+    """Claim the folder for as long as the stack stands, and say what is in it: a new run, an unfinished or a finished.
+
+    Raises:
+        RecipeError: it cannot be this run's.
+    """
+    try:
+        recipe.training.check_trackers()
+    except ValueError as error:
+        raise RecipeError(f"training.trackers: {error}") from error
+    check_folder(folder, overwrite, resume)
+    stack.enter_context(claimed(folder))
+    check_folder(folder, overwrite, resume)  # a run may just have ended
+    going_on = resume and (folder / "recipe.yaml").is_file()
+    if resume and checkpoints(folder) and not going_on:
+        raise RecipeError(f"{folder} has checkpoints but no recipe.yaml: put it back, or --overwrite")
+    if not going_on:
+        return "new"
+    check_same(recipe, folder)
+    if not (folder / "results.json").is_file():
+        return "unfinished"
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return "finished"
 
 
 def attach(recipe: Recipe, model: MultiTaskModel, batch: Batch) -> Adapter:
@@ -131,43 +154,84 @@ def attach(recipe: Recipe, model: MultiTaskModel, batch: Batch) -> Adapter:
         raise RecipeError(f"targets and method do not fit the model {recipe.model!r}: {error}") from error
 
 
-def _run(recipe: Recipe, folder: Path, resume: bool, progress: bool, features: Features | None) -> Run:
+def _run(
+    recipe: Recipe, folder: Path, resume: bool, progress: bool, features: Features | None, together: Together
+) -> Run:
     watch = Stopwatch()
-    loaded = load_tasks(recipe)
+    loaded = together.first_then_others(lambda: load_tasks(recipe))
     tasks = loaded.tasks
-    for notice in loaded.notices:
+    for notice in loaded.notices if together.first else ():
         Console(stderr=True).print(f"note: {notice}", style="yellow", highlight=False, markup=False)
     watch.lap("data")
-    model = build_model(recipe, tasks, *load_backbone(recipe, speaks_language(tasks)))
+    model = load_model(recipe, tasks, together)
     watch.lap("model")
-    try:
-        batch = rehearsal(model)
-        baseline, probes = measure_frozen(recipe, model, features, progress)
-    except ValueError as error:
-        raise RecipeError(f"model {recipe.model!r}: {error}") from error
+    # what one process can do alone it does once; through a sharded model all go
+    at_work = together.first or is_sharded(model.backbone)
+    baseline: dict[str, dict[str, Any]] = {}
+    probes: dict[str, Probe] = {}
+    with together.sharing_errors():
+        try:
+            batch = rehearsal(model)
+            if at_work:
+                baseline, probes = measure_frozen(recipe, model, features, progress)
+        except ValueError as error:
+            raise RecipeError(f"model {recipe.model!r}: {error}") from error
     watch.lap("frozen")
-    adapter = attach(recipe, model, batch)
-    if recipe.heads == "probe":
+    if is_sharded(model.backbone):
+        with together.sharing_errors():
+            adapter = attach(recipe, model, batch)
+    else:
+        adapter = together.first_then_others(lambda: attach(recipe, model, batch))
+    if recipe.heads == "probe" and at_work:  # training begins with the heads of the first
         start_heads(model.heads, probes)
     if recipe.bank is not None:
-        try:
-            adapter.load_bank(recipe.bank)
-        except (FileNotFoundError, ValueError) as error:
-            raise RecipeError(f"bank: {error}") from error
-    if not resume:
-        start_folder(recipe, folder)
+        with together.sharing_errors():
+            try:
+                adapter.load_bank(recipe.bank)
+            except (FileNotFoundError, ValueError) as error:
+                raise RecipeError(f"bank: {error}") from error
+    with together.sharing_errors():
+        if together.first and not resume:
+            start_folder(recipe, folder)
     watch.lap("adapt")
     if recipe.bank is None and (first := adapter.method.bank()) is not None:
-        adapter.load_bank(train_bank(recipe, first, folder, progress, features))
+        places = train_bank(recipe, first, folder, progress, features, together)
+        with together.sharing_errors():
+            adapter.load_bank(places)
         watch.lap("bank")
     history = train(model, adapter, tasks, recipe.training, folder, progress, resume)
     watch.lap("training")
     watch.seconds["training"] = round(history.seconds, 1)  # of all its parts, where it was resumed
-    scores = evaluate(
-        model, {task.name: task.test for task in tasks}, batch_size=recipe.training.eval_batch_size, progress=progress
-    )
-    watch.lap("test")
-    results = summarise(baseline, scores, history, adapter, watch.seconds)
+    results: dict[str, Any] = {}
+    with together.sharing_errors():
+        tests, size = {task.name: task.test for task in tasks}, recipe.training.eval_batch_size
+        at_work = together.first or is_sharded(model.backbone)  # training may have sharded it
+        scores = evaluate(model, tests, batch_size=size, progress=progress) if at_work else {}
+        watch.lap("test")
+        if together.first:
+            results = summarise(baseline, scores, history, adapter, watch.seconds)
+            write_run(recipe, folder, model, adapter, history, results)
+    return Run(recipe, model, adapter, folder, json.loads(together.of_first(json.dumps(results))))
+
+
+def load_model(recipe: Recipe, tasks: Sequence[Task], together: Together) -> MultiTaskModel:
+    """The frozen model in every process; of one that is sharded only one copy at a time stands in main memory."""
+
+    def load() -> MultiTaskModel:
+        return build_model(recipe, tasks, *load_backbone(recipe, speaks_language(tasks)))
+
+    return together.first_then_others(load) if recipe.training.sharding == "none" else together.in_turns(load)
+
+
+def write_run(
+    recipe: Recipe,
+    folder: Path,
+    model: MultiTaskModel,
+    adapter: Adapter,
+    history: History,
+    results: Mapping[str, Any],
+) -> None:
+    """What a finished run leaves; its results come last."""
     adapter.save(folder / "adapter")
     save_heads(model, folder / "heads")
     if (matrix := forgetting(recipe, history)) is not None:
@@ -175,7 +239,6 @@ def _run(recipe: Recipe, folder: Path, resume: bool, progress: bool, features: F
     write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
     sweep(folder)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # a finished run needs none
-    return Run(recipe, model, adapter, folder, results)
 
 
 def forgetting(recipe: Recipe, history: History) -> Forgetting | None:
@@ -192,7 +255,7 @@ def forgetting(recipe: Recipe, history: History) -> Forgetting | None:
 
 
 def train_bank(
-    recipe: Recipe, method: Method, folder: Path, progress: bool, features: Features | None
+    recipe: Recipe, method: Method, folder: Path, progress: bool, features: Features | None, together: Together
 ) -> dict[str, Path]:
     """Train each task alone, in a run of its own in the folder; one that is finished is not run again.
 
@@ -202,10 +265,11 @@ def train_bank(
     for number, task in enumerate(recipe.tasks, start=1):
         place = folder / BANK / task.name
         found[task.name] = place / "adapter"
-        if (place / "results.json").is_file():
+        if together.of_first("done" if (place / "results.json").is_file() else ""):
             continue
-        said = f"bank, {number} of {len(recipe.tasks)}: {task.name} alone"
-        Console(stderr=True).print(said, style="dim", highlight=False, markup=False)
+        if together.first:
+            said = f"bank, {number} of {len(recipe.tasks)}: {task.name} alone"
+            Console(stderr=True).print(said, style="dim", highlight=False, markup=False)
         training = recipe.training.model_copy(
             update={"task_weights": None, "combine": None, "quality_retaining": None, "trackers": []}
         )

@@ -168,6 +168,8 @@ class Recipe(_Part):
         if self.bank is not None and set(self.bank) != names:
             raise ValueError(f"bank names {sorted(self.bank)}, the tasks are {sorted(names)}: name each once")
         self.training.mixing.stages(self.training.steps, len(self.tasks))
+        if self.quantise is not None and self.training.sharding != "none":
+            raise ValueError("quantise packs the weights, and training.sharding cuts them: leave out one of them")
         if (combiner := self.training.combiner()) is not None:
             combiner.check([task.name for task in self.tasks])
         return self
