@@ -243,7 +243,7 @@ def call(*given: object) -> Result:
 def entries(*given: object) -> list[dict[str, Any]]:
     result = call(*given, "--json")
     assert result.exit_code == 0, (result.output, result.exception)
-    return [json.loads(line) for line in result.output.splitlines()]
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def trained(monkeypatch: pytest.MonkeyPatch, recipe: Path) -> tuple[Run, dict[str, torch.Tensor]]:

@@ -16,7 +16,10 @@ from .limits import counted, reasons, timed
 
 PROTOCOL = """All candidates of a table ran in turn, in a new random order each round, in one process. A figure is the
 median over the rounds of the ratio to the first column in the same round, with its quartiles; on one thread time is the
-process's own. A process's memory allocator remembers: what ran before a comparison changes it by some percent.
+process's own. A process's memory allocator remembers: what ran before a comparison changes it by some percent, and on
+products of few tokens by more, so that a candidate may stand below the frozen layer. Milliseconds of different
+tables do not compare: the machine's rate changed between them, in bf16 by a factor of two. Where quartiles lie
+far apart, read the range, not the median. "Its best dtypes": PEFT's adapters in the dtype of the base.
 `make bench` makes this page again."""
 
 

@@ -44,6 +44,8 @@ class Cost:
     forward: Ratio  # without gradients / the frozen block's
     kept: float  # bytes for the backward pass / the frozen block's
     alive: float  # the most bytes at once in a training step / the frozen block's
+    seconds: float  # of a training step, the median of the rounds
+    rounds: int
 
 
 def bench(
@@ -92,6 +94,8 @@ def bench(
             forward[name].over(forward[""]),
             kept[name] / kept[""],
             alive[name] / alive[""],
+            training[name].typical,
+            len(training[name].seconds),
         )
         for name in methods
     }

@@ -118,9 +118,21 @@ class TaskByTask(Forwards):
     """One forward of each task's samples, where samples are computed without each other and it is less work.
 
     A method's own losses look at all samples. Where they look at sums over samples, those of the tasks are added, all
-    graphs are kept, and the losses go backward through them once more. Else the losses take one more forward of all, to
-    which the tasks' forwards add no notes.
+    graphs are kept, and the losses go backward through them once more. Else, and where activations are not to be kept
+    (``frugal``), the losses take one more forward of all, to which the tasks' forwards add no notes.
     """
+
+    def __init__(
+        self,
+        model: MultiTaskModel,
+        adapter: Trainable,
+        retaining: Retaining | None,
+        precision: str,
+        meet: Callable[[], None] = alone,
+        frugal: bool = False,
+    ) -> None:
+        super().__init__(model, adapter, retaining, precision, meet)
+        self.frugal = frugal
 
     @cached_property
     def mixes_samples(self) -> bool:
@@ -128,9 +140,11 @@ class TaskByTask(Forwards):
 
     def of(self, batch: Batch, counts: Tensor) -> Iterator[Found]:
         hears, live = self.adapter.hears, int((counts > 0).sum())
+        if hears == "sums" and self.frugal:  # checkpointed graphs that are kept would be computed twice, and held
+            hears = "batch"
         # forward and backward passes of all samples, those of the method's losses left out where both ways have them:
         # 1 + live in one forward; apart 2, or 3 with one more forward
-        if self.mixes_samples or live <= (2 if hears == "batch" else 1):
+        if self.mixes_samples or live <= (2 if hears == "batch" and not self.frugal else 1):
             yield replace(self.run(batch, counts), auxiliary=self.auxiliary())
             return
         parts = batch.by_task([task.name for task in self.model.tasks])

@@ -89,7 +89,7 @@ class PolyrankLM(HarnessModel):
             )
         return self.default
 
-    def under(self, route: str) -> AbstractContextManager[None]:
+    def under(self, route: str) -> AbstractContextManager[object]:
         """The model on a route, inside a ``with`` block."""
         return self.adapter.off() if route == BASE else self.adapter.on(route)
 

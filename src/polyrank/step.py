@@ -133,7 +133,7 @@ def _forwards(
         return Whole(model, adapter, retaining, training.precision, wait)
     if is_sharded(model.backbone):
         return InStep(model, adapter, retaining, training.precision, wait, partial(total, accelerator=accelerator))
-    return TaskByTask(model, adapter, retaining, training.precision, wait)
+    return TaskByTask(model, adapter, retaining, training.precision, wait, frugal=training.checkpointing)
 
 
 def _pass(

@@ -1,7 +1,10 @@
 """What there is, and what it costs: schema, methods, combiners, bench."""
 
 import json
+import os
+import platform
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -124,14 +127,17 @@ def bench(
             if name not in METHODS:
                 raise RecipeError(f"unknown method {name!r}{nearest(name, METHODS)}")
         dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(dtype, dtype)
         if dtype not in dtypes:
-            raise RecipeError(f"--dtype {dtype}: one of {', '.join(dtypes)}")
+            raise RecipeError(f"--dtype {dtype}: one of {', '.join(dtypes)}, or short, bf16")
+        if threads > (cores := os.cpu_count() or threads):
+            raise RecipeError(f"--threads {threads}: this machine has {cores} cores, and more threads only wait")
         if device not in ("cpu", "cuda"):
             raise RecipeError(f"--device {device}: cpu or cuda")
         if device == "cuda" and not torch.cuda.is_available():
             raise RecipeError("--device cuda: torch sees no GPU here; leave it out, or install torch with CUDA")
-        if out is not None and not out.absolute().parent.is_dir():
-            raise RecipeError(f"--out {out}: there is no folder {out.absolute().parent}")
+        if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+            raise RecipeError(f"--out {out}: give a file, in a folder that is there")
         torch.set_num_threads(threads)
         sizes = {"width": width, "tokens": tokens, "tasks": tasks}
         costs = measured(
@@ -147,11 +153,15 @@ def bench(
         if not console.is_terminal or console.width < 110:  # figures are never cut
             console.width = max(console.width, 110)
         console.print(table)
+        first = next(iter(costs.values()))
         typer.echo(
+            f"{first.rounds} rounds; the frozen block's training step takes "
+            f"{1e3 * first.seconds / first.training.median:.3g} ms\n"
             "in units of the frozen block: times as medians (and quartiles) of the ratios of same rounds; kept, for\n"
             "the backward pass, and alive, at most at once in a step, are bytes"
         )
         if out is not None:
             found = {name: asdict(cost) for name, cost in costs.items()}
             settings = sizes | {"dtype": dtype, "device": device, "threads": threads, "torch": torch.__version__}
+            settings |= {"polyrank": version("polyrank"), "processor": platform.processor() or platform.machine()}
             out.write_text(json.dumps({"settings": settings, "costs": found}, indent=1) + "\n", encoding="utf-8")

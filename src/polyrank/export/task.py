@@ -174,31 +174,28 @@ def loras_of(
     for name, layer in adapter.layers.items():
         with exactly(weight_of(layer.frozen()[0])):
             change = _change(layer, index, None if gates is None else gates[name], max_rank)
-        for base, *parts in change:
-            if len(parts) == 2:
-                loras[names[base]] = fitted(*parts, max_rank, dtype)
-                continue
-            assert max_rank is not None
-            loras[names[base]] = of_change(parts[0] - weight_of(base).to(parts[0]), max_rank, dtype)
+        for base, new in change:
+            if isinstance(new, tuple):
+                loras[names[base]] = fitted(*new, max_rank, dtype)
+            elif max_rank is not None:
+                loras[names[base]] = of_change(new - weight_of(base).to(new), max_rank, dtype)
+            else:
+                raise ValueError(f"{name}: its change has full rank and is no LoRA: give max_rank, or export dense")
     return loras
 
 
-def _change(layer: Mixture, index: int, gate: Tensor | None, max_rank: int | None) -> list[tuple[Any, ...]]:
-    """(linear layer, A, B) or (linear layer, weight) of each part."""
+def _change(
+    layer: Mixture, index: int, gate: Tensor | None, max_rank: int | None
+) -> list[tuple[nn.Module, Tensor | tuple[Tensor, Tensor]]]:
+    """Of each part, the A and B that are added to it, or its new weight."""
     if gate is not None:
-        found = held(layer, gate, index)
-        whole = isinstance(found, Tensor)
-        parts: list[tuple[Any, ...]] = [(layer.base, found) if isinstance(found, Tensor) else (layer.base, *found)]
-    else:
-        try:
-            parts, whole = list(layer.task_loras(index)), False
-        except ValueError:
-            if max_rank is None:
-                raise
-            parts, whole = list(layer.task_weights(index)), True
-    if whole and max_rank is None:
-        raise ValueError(f"{layer.site.name}: its change has full rank and is no LoRA: give max_rank, or export dense")
-    return parts
+        return [(layer.base, held(layer, gate, index))]
+    try:
+        return [(base, (a, b)) for base, a, b in layer.task_loras(index)]
+    except ValueError:
+        if max_rank is None:
+            raise
+    return [(base, weight) for base, weight in layer.task_weights(index)]
 
 
 def truncation(loras: Mapping[str, LoRA], max_rank: int | None) -> Iterator[str]:
