@@ -78,6 +78,9 @@ def test_the_command(tmp_path):
         (["lora", "--dtype", "int8"], "one of"),
         (["lora", "--tokens", "9"], "multiple"),
         (["lora", "--out", "nowhere/found.json"], "no folder"),
+        (["lora", "--out", "."], "is a folder"),
+        (["lora", "--device", "gpu"], "cpu or cuda"),
+        (["lora", "--threads", "4096"], "cores"),
     ],
 )
 def test_the_command_refuses(words, said):

@@ -136,8 +136,10 @@ def bench(
             raise RecipeError(f"--device {device}: cpu or cuda")
         if device == "cuda" and not torch.cuda.is_available():
             raise RecipeError("--device cuda: torch sees no GPU here; leave it out, or install torch with CUDA")
-        if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-            raise RecipeError(f"--out {out}: give a file, in a folder that is there")
+        if out is not None and not out.absolute().parent.is_dir():
+            raise RecipeError(f"--out {out}: there is no folder {out.absolute().parent}")
+        if out is not None and out.is_dir():
+            raise RecipeError(f"--out {out} is a folder: give the name of a file in it")
         torch.set_num_threads(threads)
         sizes = {"width": width, "tokens": tokens, "tasks": tasks}
         costs = measured(
