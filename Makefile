@@ -11,7 +11,7 @@ NEW_PEFT := peft transformers
 MEET     := $(CURDIR)/.venv-peft-new/meet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test slow test-peft lint bench format cards docs build clean
+.PHONY: help setup quickstart test slow test-peft test-trainer lint bench format cards docs build clean
 
 help: ## this list
 	@echo "Polyrank. The targets set up $(VENV) by themselves; start with 'make quickstart'."
@@ -65,6 +65,16 @@ test-peft: .venv-peft-old/.use .venv-peft-new/.use ## the PEFT bridge with the o
 	@POLYRANK_PEFT_EXCHANGE=$(MEET) OMP_NUM_THREADS=1 .venv-peft-new/bin/pytest -q -m '' tests/peft_bridge
 	@POLYRANK_PEFT_EXCHANGE=$(MEET) OMP_NUM_THREADS=1 .venv-peft-old/bin/pytest -q -k versions tests/peft_bridge
 
+.venv-trainer/.use: $(INPUTS)
+	@echo "installing TRL and lm-eval into $(@D) (once; torch is large)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints-dev.txt torch
+	@$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints-dev.txt -e '.[all,peft,trl,lm-eval]' 'pytest>=8.3,<10' 'hypothesis>=6.112,<7'
+	@touch $@
+
+test-trainer: .venv-trainer/.use ## the Trainer bridge inside TRL, and lm-eval, in an environment of their own
+	@OMP_NUM_THREADS=1 .venv-trainer/bin/pytest -q tests/test_trl.py tests/test_lm_eval.py
+
 lint: $(VENV)/.dev ## ruff (rules and format) and pyright
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -89,5 +99,5 @@ build: $(VENV)/.dev ## wheel and sdist into dist/
 	@$(BIN)/python -m build
 
 clean: ## remove .venv and everything that was built (the download cache stays)
-	@rm -rf $(VENV) .venv-peft-old .venv-peft-new dist build site .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .venv-peft-old .venv-peft-new .venv-trainer dist build site .pytest_cache .ruff_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
