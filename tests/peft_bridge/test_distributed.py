@@ -19,6 +19,7 @@ import polyrank.peft
 
 METHODS = {
     "mtl_lora": {"name": "mtl_lora", "num_experts": 3, "rank": 2},
+    "mola": {"name": "mola", "num_experts": [4], "k": 2, "rank": 2, "balance": 0.5},  # a loss of the whole batch
     "moore": {"name": "moore", "num_reflections": 4, "task_dim": 6, "router_dim": 5},
 }
 TOKENS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5], [3, 4, 3, 4, 3], [7, 7, 7, 2, 2]])
@@ -51,7 +52,8 @@ def model_of(method: str) -> nn.Module:
 def train(model: nn.Module, rows: slice) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(STEPS):
-        model(input_ids=TOKENS[rows], labels=TOKENS[rows], task_id=IDS[rows]).loss.backward()
+        loss = model(input_ids=TOKENS[rows], labels=TOKENS[rows], task_id=IDS[rows]).loss
+        (loss + sum(polyrank.peft.handle(model).losses().values())).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -18,7 +18,7 @@ from polyrank.files import Fingerprint, fingerprint
 from polyrank.joining import put_experts, saved_loras, task_parts
 from polyrank.methods import Method
 from polyrank.methods.base import Hears
-from polyrank.mixture import Mixture, RouteContext
+from polyrank.mixture import Mixture, RouteContext, global_notes
 from polyrank.places import Places
 from polyrank.saving import copy_weights, named_weights
 
@@ -134,7 +134,7 @@ class Handle:
     def losses(self) -> dict[str, Tensor]:
         """The method's auxiliary losses of the last forward, weighted scalars by name; call it before the next."""
         notes, self.context.notes = self.context.notes, {}
-        return self.method.losses(notes)
+        return self.method.losses(global_notes(notes) if self.hears == "sums" else notes)
 
     def adding(self) -> AbstractContextManager[None]:
         """After the block, ``losses`` are those of all its forwards together, if ``hears`` is "sums"."""
