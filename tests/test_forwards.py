@@ -23,6 +23,7 @@ from polyrank.methods.smora import LossFreeTopK
 from polyrank.mixture import MixtureLinear
 from polyrank.models import HeadModel
 from polyrank.retaining import QualityRetaining, Retaining
+from polyrank.training import Training
 from small import METHODS
 
 ALONE = {"moa", "task_lora"}  # nothing is shared, so nothing is kept apart
@@ -54,7 +55,7 @@ def gradients(kind: type[Forwards], model, adapter, batch, retaining=None) -> tu
         retaining.begin(model.device)
     model.zero_grad()
     values = torch.zeros(len(counts) + 1, dtype=torch.float64)
-    for found in kind(model, adapter, retaining, "fp32").of(batch, counts):
+    for found in kind(model, adapter, retaining, Training(), lambda: None).of(batch, counts):
         how.add(found.objective, found.auxiliary, found.present, found.again)
         values += torch.cat([found.sums, found.auxiliary.detach().view(1)])
     assert not adapter.context.notes, "notes were left over"

@@ -18,6 +18,7 @@ from polyrank.corpus import Batch
 from polyrank.models import MultiTaskModel
 from polyrank.retaining import Retaining
 from polyrank.train_state import Trainable
+from polyrank.training import Training
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,6 @@ class Found:
     again: bool = False  # whether a later one needs this one's graph
 
 
-def alone() -> None:
-    """There is nobody to meet."""
-
-
 class Forwards(ABC):
     """How a micro-batch goes through the model."""
 
@@ -43,12 +40,11 @@ class Forwards(ABC):
         model: MultiTaskModel,
         adapter: Trainable,
         retaining: Retaining | None,
-        precision: str,
-        meet: Callable[[], None] = alone,
+        training: Training,
+        meet: Callable[[], None],
     ) -> None:
         """meet: called before the processes exchange what a method's losses look at, once a micro-batch; may raise."""
-        self.model, self.adapter, self.retaining, self.precision = model, adapter, retaining, precision
-        self.meet = meet
+        self.model, self.adapter, self.retaining, self.training, self.meet = model, adapter, retaining, training, meet
 
     @abstractmethod
     def of(self, batch: Batch, counts: Tensor) -> Iterator[Found]:
@@ -56,7 +52,7 @@ class Forwards(ABC):
 
     def run(self, batch: Batch, counts: Tensor) -> Found:
         """The samples of ``batch``, a micro-batch or a part of it; without auxiliary losses."""
-        with autocast(self.model.device, self.precision):
+        with autocast(self.model.device, self.training.precision):
             answers = self.model(batch.inputs, batch.task_ids)
         sums = self.model.loss_sums(answers, batch.labels)  # (T,)
         objective = sums
@@ -95,12 +91,12 @@ class InStep(Forwards):
         model: MultiTaskModel,
         adapter: Trainable,
         retaining: Retaining | None,
-        precision: str,
+        training: Training,
         meet: Callable[[], None],
         total: Callable[[Tensor], Tensor],
     ) -> None:
         """total: sums over the processes, in place."""
-        super().__init__(model, adapter, retaining, precision, meet)
+        super().__init__(model, adapter, retaining, training, meet)
         self.total = total
 
     def of(self, batch: Batch, counts: Tensor) -> Iterator[Found]:
@@ -119,20 +115,8 @@ class TaskByTask(Forwards):
 
     A method's own losses look at all samples. Where they look at sums over samples, those of the tasks are added, all
     graphs are kept, and the losses go backward through them once more. Else, and where activations are not to be kept
-    (``frugal``), the losses take one more forward of all, to which the tasks' forwards add no notes.
+    (checkpointing), the losses take one more forward of all, to which the tasks' forwards add no notes.
     """
-
-    def __init__(
-        self,
-        model: MultiTaskModel,
-        adapter: Trainable,
-        retaining: Retaining | None,
-        precision: str,
-        meet: Callable[[], None] = alone,
-        frugal: bool = False,
-    ) -> None:
-        super().__init__(model, adapter, retaining, precision, meet)
-        self.frugal = frugal
 
     @cached_property
     def mixes_samples(self) -> bool:
@@ -140,11 +124,13 @@ class TaskByTask(Forwards):
 
     def of(self, batch: Batch, counts: Tensor) -> Iterator[Found]:
         hears, live = self.adapter.hears, int((counts > 0).sum())
-        if hears == "sums" and self.frugal:  # checkpointed graphs that are kept would be computed twice, and held
+        if (
+            hears == "sums" and self.training.checkpointing
+        ):  # checkpointed graphs that are kept would be computed twice, and held
             hears = "batch"
         # forward and backward passes of all samples, those of the method's losses left out where both ways have them:
         # 1 + live in one forward; apart 2, or 3 with one more forward
-        if self.mixes_samples or live <= (2 if hears == "batch" and not self.frugal else 1):
+        if self.mixes_samples or live <= (2 if hears == "batch" and not self.training.checkpointing else 1):
             yield replace(self.run(batch, counts), auxiliary=self.auxiliary())
             return
         parts = batch.by_task([task.name for task in self.model.tasks])
@@ -156,7 +142,7 @@ class TaskByTask(Forwards):
             yield self._only(auxiliary)
             return
         if hears == "batch":
-            with autocast(self.model.device, self.precision):
+            with autocast(self.model.device, self.training.precision):
                 self.model(batch.inputs, batch.task_ids)
             yield self._only(self.auxiliary())
         for part in parts:

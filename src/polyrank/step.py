@@ -130,10 +130,10 @@ def _forwards(
     """apart: whether each task's gradient is wanted."""
     wait = partial(meet, accelerator)
     if not apart:
-        return Whole(model, adapter, retaining, training.precision, wait)
+        return Whole(model, adapter, retaining, training, wait)
     if is_sharded(model.backbone):
-        return InStep(model, adapter, retaining, training.precision, wait, partial(total, accelerator=accelerator))
-    return TaskByTask(model, adapter, retaining, training.precision, wait, frugal=training.checkpointing)
+        return InStep(model, adapter, retaining, training, wait, partial(total, accelerator=accelerator))
+    return TaskByTask(model, adapter, retaining, training, wait)
 
 
 def _pass(

@@ -88,7 +88,7 @@ class Handle:
         return self.context.on(self.task_ids(tasks), attention_mask)
 
     def load_bank(self, bank: Mapping[str, str | Path]) -> None:
-        """Put adapters that ``Adapter.save`` wrote, one for each task named, where the method keeps the tasks' experts.
+        """Put adapters that ``Adapter.save`` wrote, or LoRAs in PEFT's format, where the method keeps a bank.
 
         Raises:
             FileNotFoundError: no adapter there.
